@@ -60,7 +60,7 @@ class Esci:
 class InputError(ValueError):
     "A mistake in what the user gave: one sentence that says what is wrong, where, and what to do."
 
-# %% ../nbs/00_data.ipynb #6840a07b
+# %% ../nbs/00_data.ipynb #05281436
 _OLD_NAMES = {"query_locale": "product_locale", "product_color_name": "product_color"}  # v0.3 -> released
 _SPELLED_OUT = {"exact": "E", "substitute": "S", "complement": "C", "irrelevant": "I"}
 _SUFFIXES = (".parquet", ".csv", ".csv.zip")
@@ -80,7 +80,7 @@ def _count(number: int, noun: str) -> str:
 def _one_line(error: BaseException) -> str:
     "The reason of another library's exception, made fit for one sentence."
     lines = str(error).strip().splitlines()
-    return (lines[0].strip() if lines else type(error).__name__).rstrip(".")
+    return (lines[0] if lines else type(error).__name__).split(". ")[0].strip(" .")
 
 
 def _is_table(path: Path) -> bool:
@@ -93,13 +93,13 @@ def _existing_file(path: str | Path) -> Path:
     if not path.is_file():
         raise InputError(f"There is no file {path}: check the path, or get the data with esci_nb.data.download.")
     if not _is_table(path):
-        raise InputError(f"{path} ends in {path.suffix!r}, which is not read here: give a .parquet, .csv or .csv.zip file.")
+        raise InputError(f"{path} ends in {path.suffix!r}, which is not read here: give a .parquet, .csv or .csv.zip.")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes): get the file again.")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            raise InputError(f"{path} is a Git LFS pointer and not the data itself: run `git lfs pull` in that checkout, "
-                             "or esci_nb.data.download.")
+            raise InputError(f"{path} is a Git LFS pointer and not the data itself: run `git lfs pull` there, or get "
+                             "the data with esci_nb.data.download.")
     return path
 
 
@@ -112,8 +112,9 @@ def _read_csv(path: Path, nrows: int | None = None) -> pd.DataFrame:
             inside = [name for name in archive.namelist()
                       if name.lower().endswith(".csv") and not name.startswith("__MACOSX")]
             if len(inside) != 1:
-                raise InputError(f"{path} holds {_count(len(inside), 'csv file')} ({_some(inside) or 'none'}) where exactly "
-                                 "one is expected: unpack it and zip each csv file alone.")
+                names = f" ({_some(inside)})" if inside else ""
+                raise InputError(f"{path} holds {_count(len(inside), 'csv file')}{names} where exactly one is "
+                                 "expected: unpack it and zip each csv file alone.")
             stream = archive.open(inside[0])
         else:
             stream = path.open("rb")
@@ -129,12 +130,13 @@ def _read_csv(path: Path, nrows: int | None = None) -> pd.DataFrame:
     except UnicodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({_one_line(error)}): save it as UTF-8 csv.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path} is no readable csv table ({_one_line(error)}): it may be cut, get it again.") from error
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ").splitlines()[0]
+        raise InputError(f"{path} is no csv table ({reason}): it may be cut, get it again.") from error
     finally:
         if archive is not None:
             archive.close()
-    if not isinstance(frame.index, pd.RangeIndex) or frame.isna().to_numpy().any():
-        raise InputError(f"{path} has rows with more or fewer cells than its header: it may be cut, get it again.")
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise InputError(f"{path} has rows with more cells than its header: check the header, or get the file again.")
     return frame
 
 
@@ -187,7 +189,7 @@ def _as_integer(column: pd.Series, where: str) -> pd.Series:
     text = column.astype("str").fillna("").str.strip()
     bad = ~text.str.fullmatch(r"[+-]?\d{1,18}(?:\.0+)?")
     if bad.any():
-        raise InputError(f"{where}, column {column.name}, holds {_count(int(bad.sum()), 'value')} that are no whole number "
+        raise InputError(f"{where}, column {column.name}, is no whole number in {_count(int(bad.sum()), 'row')} "
                          f"({_some(text[bad])}): correct the column.")
     return text.str.replace(r"\.0+$", "", regex=True).astype("int64")
 
@@ -196,13 +198,14 @@ def _as_text(column: pd.Series, where: str, is_key: bool = False) -> pd.Series:
     "A text column as `str`, missing values as ''."
     if not (pd.api.types.is_string_dtype(column) or isinstance(column.dtype, pd.CategoricalDtype)):
         if column.notna().any():
-            raise InputError(f"{where}, column {column.name}, holds {column.dtype} values ({_some(column.dropna())}) where "
-                             "text is expected: write the column as text, numbers lose leading zeros.")
+            raise InputError(f"{where}, column {column.name}, holds {column.dtype} values ({_some(column.dropna())}) "
+                             "and no text: write the column as text, numbers lose leading zeros.")
     text = column.astype("str").fillna("")
     if is_key:
         blank = text.str.strip() == ""
         if blank.any():
-            raise InputError(f"{where}, column {column.name}, is empty in {_count(int(blank.sum()), 'row')}: fill or drop them.")
+            raise InputError(f"{where}, column {column.name}, is empty in {_count(int(blank.sum()), 'row')}: fill or "
+                             "drop them.")
     return text
 
 
@@ -210,12 +213,14 @@ def _one_of(column: pd.Series, allowed: Sequence[str], where: str) -> None:
     "Refuse values outside a short list."
     bad = ~column.isin(allowed)
     if bad.any():
-        raise InputError(f"{where}, column {column.name}, has {_some(column[bad])} in {_count(int(bad.sum()), 'row')} where "
-                         f"only {', '.join(map(repr, allowed))} are known: correct or drop these rows.")
+        known = ", ".join(map(repr, allowed))
+        raise InputError(f"{where}, column {column.name}, has {_some(column[bad])} in {_count(int(bad.sum()), 'row')} "
+                         f"and only {known} are known: correct or drop these rows.")
 
-# %% ../nbs/00_data.ipynb #391ec92d
-def _drop_repeats(frame: pd.DataFrame, key: Sequence[str], noun: str, where: str, ignore: Sequence[str] = ()) -> pd.DataFrame:
-    "Drop rows that repeat another one (with a warning); refuse rows that agree in the key and in nothing else."
+# %% ../nbs/00_data.ipynb #5ea08eac
+def _drop_repeats(frame: pd.DataFrame, key: Sequence[str], noun: str, where: str,
+                  ignore: Sequence[str] = ()) -> pd.DataFrame:
+    "Drop rows that repeat another one (with a warning); refuse rows with the same key and different contents."
     again = frame.duplicated(list(key))
     if not again.any():
         return frame
@@ -251,17 +256,17 @@ def _check_titles(products: pd.DataFrame, where: str) -> None:
     finding = (f"{where}, column product_title, is empty in {_count(int(blank.sum()), 'row')} "
                f"(product_id {_some(products.loc[blank, 'product_id'])})")
     if blank.mean() > 0.001:
-        raise InputError(f"{finding}: fill or drop them.")
+        raise InputError(f"{finding}: fill in or drop such rows.")
     warnings.warn(f"{finding}.", stacklevel=3)
 
 
 def read_examples(path: str | Path, split: str | None = None) -> pd.DataFrame:
     """One file of judgements as a table with the columns `EXAMPLE_COLUMNS`.
 
-    Reads .parquet, .csv and .csv.zip, with the released names or those of the competition (`query_locale`, labels spelled
-    out). What a competition file does not say is filled in: `esci_label` '' (unlabelled), `example_id` 0, 1, 2, ...,
-    `query_id` one number a query text and locale, `small_version` and `large_version` 1, `split` from the argument, else
-    from `train` or `test` in the file name, else test where there are no labels.
+    Reads .parquet, .csv and .csv.zip, with the released names or those of the competition (`query_locale`, labels
+    spelled out). What a competition file does not say is filled in: `esci_label` '' (unlabelled), `example_id`
+    0, 1, 2, ..., `query_id` one number a query text and locale, `small_version` and `large_version` 1, `split` from the
+    argument, else from `train` or `test` in the file name, else test where labels are missing.
     Raises `InputError` for a file, column, value or key that cannot be right.
     """
     where = str(path)
@@ -291,8 +296,8 @@ def read_examples(path: str | Path, split: str | None = None) -> pd.DataFrame:
     frame = pd.DataFrame({name: out[name] for name in EXAMPLE_COLUMNS})
     unlabelled = (frame["split"] == "train") & (frame["esci_label"] == "")
     if unlabelled.any():
-        raise InputError(f"{where}, column esci_label, is empty in {_count(int(unlabelled.sum()), 'train row')}: fill or drop "
-                         "them, only test rows may lack a label.")
+        raise InputError(f"{where}, column esci_label, is empty in {_count(int(unlabelled.sum()), 'train row')}: fill "
+                         "or drop them, only test rows may lack a label.")
     return _check_examples(frame, where)
 
 
@@ -308,24 +313,25 @@ def _read_labels(frame: pd.DataFrame, where: str) -> pd.Series:
 
 def _check_examples(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     "Keys of the judgements: one row a pair, one number a row, one text and one locale a query."
+    queries = frame[["query_id", "query", "product_locale"]].drop_duplicates()
+    again = queries["query_id"].duplicated()
+    if again.any():
+        raise InputError(f"{where}, column query_id, gives {_count(int(again.sum()), 'number')} to several texts or "
+                         f"locales ({_some(queries.loc[again, 'query_id'])}): give each query its own number.")
     frame = _drop_repeats(frame, PAIR_KEY, "pair", where, ignore=("example_id",))
     again = frame["example_id"].duplicated()
     if again.any():
         raise InputError(f"{where}, column example_id, gives {_count(int(again.sum()), 'number')} to several rows "
                          f"({_some(frame.loc[again, 'example_id'])}): number the rows anew.")
-    queries = frame[["query_id", "query", "product_locale"]].drop_duplicates()
-    again = queries["query_id"].duplicated()
-    if again.any():
-        raise InputError(f"{where}, column query_id, gives {_count(int(again.sum()), 'number')} to several texts or locales "
-                         f"({_some(queries.loc[again, 'query_id'])}): give each query its own number.")
     return frame
 
-# %% ../nbs/00_data.ipynb #9d152a1f
+# %% ../nbs/00_data.ipynb #badc55d8
 def load(source: str | Path) -> Esci:
     """The data set in a folder, checked; or `"sample"`, the small made-up set that comes with the package.
 
     The folder holds the released parquet pair, or files of the competition (v0.3 csv, plain or zipped, sub-folders
-    allowed), which are recognised by their columns. Raises `InputError` with the file and the reason when something cannot be right.
+    allowed), which are recognised by their columns. Raises `InputError` with the file and the reason when something
+    cannot be right.
     """
     if str(source) == "sample":
         from esci_nb.sample import make_sample
@@ -351,10 +357,10 @@ def _check_catalogue(examples: pd.DataFrame, products: pd.DataFrame, where: str)
     found = judged.merge(products[list(PRODUCT_KEY)], how="left", on=list(PRODUCT_KEY), indicator=True)
     missing = found.loc[found["_merge"] == "left_only", list(PRODUCT_KEY)]
     if len(missing):
-        raise InputError(f"{where}: the catalogue lacks {_count(len(missing), 'judged product')} in the locale of the query "
+        raise InputError(f"{where}: the catalogue lacks {_count(len(missing), 'judged product')} in the query's locale "
                          f"({_some(missing.agg(' / '.join, axis=1))}): add the products or drop the judgements.")
 
-# %% ../nbs/00_data.ipynb #84ca3102
+# %% ../nbs/00_data.ipynb #ffe6637a
 def _load_competition(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Judgements and products from the competition's files anywhere below a folder."
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_table(path))
@@ -367,14 +373,14 @@ def _load_competition(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for found, what in ((catalogues, "catalogue (with the column product_title)"),
                         (judged, "judgements (with the columns query, product_id and esci_label)")):
         if not found:
-            raise InputError(f"{folder} holds no {what} as {', '.join(_SUFFIXES)} file: give the folder that does, or get the "
-                             "data with esci_nb.data.download.")
+            raise InputError(f"{folder} holds no {what} as {', '.join(_SUFFIXES)} file: give the folder that does, or "
+                             "get the data with esci_nb.data.download.")
     examples = _join_judgements({path: read_examples(path) for path in judged}, columns, folder)
     for path in substitutes:
         _skip_substitutes(path, examples)
     distinct = [path for number, path in enumerate(catalogues)
                 if not any(same_bytes(path, earlier, shallow=False) for earlier in catalogues[:number])]
-    products = pd.concat([read_products(path) for path in distinct], ignore_index=True).drop_duplicates(ignore_index=True)
+    products = pd.concat([read_products(path) for path in distinct]).drop_duplicates(ignore_index=True)
     return examples, _drop_repeats(products, PRODUCT_KEY, "product", str(folder))
 
 
@@ -389,13 +395,14 @@ def _ranked_lists(paths: Sequence[Path], split: str, folder: Path) -> list[Path]
     tasks = {path: _task_number(path, folder) for path in paths}
     lists = [path for path in paths if tasks[path] == 1] or [path for path in paths if tasks[path] == 0]
     if split == "train" and len(paths) > 1 and 1 not in tasks.values():
-        raise InputError(f"{folder} holds {len(paths)} labelled files ({_some([path.name for path in paths])}) and no name says "
-                         "which holds the ranked lists: put that one into a folder named task_1, the others into task_2.")
+        raise InputError(f"{folder} holds {len(paths)} labelled files ({_some([path.name for path in paths])}) and no "
+                         "path says which has the ranked lists: put that one into a folder task_1, others into task_2.")
     return lists or list(paths if len(paths) == 1 else [])
 
 
-def _join_judgements(parts: Mapping[Path, pd.DataFrame], columns: Mapping[Path, Sequence[str]], folder: Path) -> pd.DataFrame:
-    "One table from the competition's files; a pair that several files hold is kept once: test before train, task 1 first."
+def _join_judgements(parts: Mapping[Path, pd.DataFrame], columns: Mapping[Path, Sequence[str]],
+                     folder: Path) -> pd.DataFrame:
+    "One table from the competition's files; a pair in several files is kept once: test before train, task 1 first."
     for split in SPLITS:
         unmarked = [path for path, part in parts.items()
                     if part["split"].iat[0] == split and "small_version" not in columns[path]]
@@ -409,8 +416,8 @@ def _join_judgements(parts: Mapping[Path, pd.DataFrame], columns: Mapping[Path, 
     clash = labelled[labelled.duplicated(list(PAIR_KEY))]
     if len(clash):
         values = clash[list(PAIR_KEY)].astype("str").agg(" / ".join, axis=1)
-        raise InputError(f"The files in {folder} label {_count(len(clash), 'pair')} in two ways ({' / '.join(PAIR_KEY)} = "
-                         f"{_some(values)}): keep one label of each.")
+        raise InputError(f"The files in {folder} label {_count(len(clash), 'pair')} in two ways "
+                         f"({' / '.join(PAIR_KEY)} = {_some(values)}): keep one label of each.")
     order = frame.sort_values(["split", "small_version"], ascending=[True, False], kind="stable")
     frame = order.drop_duplicates(list(PAIR_KEY)).sort_index().reset_index(drop=True)
     if frame["example_id"].duplicated().any() or not all("example_id" in columns[path] for path in parts):
@@ -438,10 +445,10 @@ def _skip_substitutes(path: Path, examples: pd.DataFrame) -> None:
     labelled = examples.loc[examples["esci_label"] != "", pair].drop_duplicates()
     missing = int((frame[pair].merge(labelled, how="left", on=pair, indicator=True)["_merge"] == "left_only").sum())
     if missing:
-        warnings.warn(f"{path} only says substitute or not: {_count(missing, 'pair')} without an E/S/C/I label elsewhere "
-                      "were left out.", stacklevel=4)
+        warnings.warn(f"{path} only says substitute or not, so {_count(missing, 'pair')} without an E/S/C/I label "
+                      "elsewhere had to be left out.", stacklevel=4)
 
-# %% ../nbs/00_data.ipynb #cef0ae19
+# %% ../nbs/00_data.ipynb #9aef5560
 def normalise_query(text: pd.Series) -> pd.Series:
     "Query texts in the form in which two queries count as the same: NFKC, case folded, white space collapsed [own]."
     distinct = text.drop_duplicates()
@@ -458,53 +465,55 @@ def _query_text_key(frame: pd.DataFrame) -> np.ndarray:
 def merge_tasks(examples: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
     """The training rows of all tasks and the lists to rank, one row a pair, with the columns `ROW_COLUMNS`.
 
-    `source` is `task1` for rows of the ranked lists (`small_version` 1) and `task2` for rows that only the large version has;
-    `weights` gives each source its weight in the loss (1 unless told). What is left out is counted in
+    `source` is `task1` for rows of the ranked lists (`small_version` 1) and `task2` for rows that only the large
+    version has; `weights` gives each source its weight in the loss (1 unless told). What is left out is counted in
     `rows.attrs["dropped"]`, a dict reason -> rows. Raises `InputError` for an unknown source or a weight below 0.
     """
     weights = {"task1": 1.0, "task2": 1.0} | dict(weights or {})
     for source, weight in weights.items():
         if source not in ("task1", "task2"):
             raise InputError(f"weights names {source!r}, but only 'task1' and 'task2' are sources.")
-        if not 0 <= weight < float("inf"):
-            raise InputError(f"weights gives {source!r} {weight}: give a number from 0 up.")
-    _require(examples.columns, EXAMPLE_COLUMNS, "the table of examples")
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise InputError(f"weights gives {source!r} {weight!r}: give a number from 0 up.")
+    _require(examples.columns, EXAMPLE_COLUMNS, "The table of examples")
     rows = examples.reset_index(drop=True)
     is_test, is_list = rows["split"] == "test", rows["small_version"] == 1
     is_ranked_test = is_test & is_list
     text_key = pd.Series(_query_text_key(rows))
     known_query = rows["query_id"].isin(rows.loc[is_ranked_test, "query_id"])
     known_text = text_key.isin(text_key[is_ranked_test])
-    first = rows.sort_values(["split", "small_version"], ascending=[True, False], kind="stable")
-    repeated = first.duplicated(list(PAIR_KEY)).reindex(rows.index)
     reasons = {"test rows outside the ranked lists": is_test & ~is_list,
                "train rows of a test query": ~is_test & known_query,
-               "train rows with the text of a test query": ~is_test & known_text,
-               "pairs held twice": repeated}
+               "train rows with the text of a test query": ~is_test & known_text}
     keep, dropped = pd.Series(True, index=rows.index), {}
     for reason, mask in reasons.items():
         dropped[reason] = int((keep & mask).sum())
         keep &= ~mask
+    lists_first = rows[keep].sort_values("small_version", ascending=False, kind="stable")
+    twice = lists_first.index[lists_first.duplicated(list(PAIR_KEY))]
+    dropped["pairs held twice"] = len(twice)
+    keep[twice] = False
     rows["source"] = pd.Series(np.where(is_list, "task1", "task2"), dtype="str")
     rows["weight"] = rows["source"].map(weights).astype("float32")
     rows = rows.loc[keep, list(ROW_COLUMNS)].reset_index(drop=True)
     rows.attrs["dropped"] = dropped
     return rows
 
-# %% ../nbs/00_data.ipynb #44a5eeba
+# %% ../nbs/00_data.ipynb #403fcdd4
 def make_folds(rows: pd.DataFrame, n_folds: int = 3, seed: int = 42, over: str = "train") -> pd.DataFrame:
     """The rows of `merge_tasks` with an int8 column `fold`, cut by query.
 
-    Queries with the same normalised text in a locale share a fold. Folds are balanced in rows within each locale, for queries
-    with a ranked list and without one separately. `over="train"`: train rows get 0 .. n_folds - 1, test rows -1.
-    `over="ranked"`: the ranked lists of both splits get 0 .. n_folds - 1, all rows become train, and single pairs get -1
-    (always trained on) unless they share their text with a list. The same seed gives the same folds.
+    Queries with the same normalised text in a locale share a fold. Folds are balanced in rows within each locale, for
+    queries with a ranked list and without one separately. `over="train"`: train rows get 0 .. n_folds - 1, test -1.
+    `over="ranked"`: the ranked lists of both splits get 0 .. n_folds - 1, all rows become train, and single pairs get
+    -1 (always trained on) unless they share their text with a list. The same seed gives the same folds.
     Raises `InputError` for fewer than two folds, an unknown `over`, or `"ranked"` over unlabelled rows.
     """
     if over not in ("train", "ranked"):
         raise InputError(f"over is {over!r}, but only 'train' and 'ranked' are known.")
-    if not 2 <= n_folds <= 127:
-        raise InputError(f"n_folds is {n_folds}: give a number from 2 to 127.")
+    _require(rows.columns, ROW_COLUMNS, "The table of rows")
+    if not isinstance(n_folds, int) or not 2 <= n_folds <= 127:
+        raise InputError(f"n_folds is {n_folds!r}: give a whole number from 2 to 127.")
     if over == "ranked" and (rows["esci_label"] == "").any():
         raise InputError("over='ranked' trains on every list, but some rows have no label: use over='train'.")
     text_key = _query_text_key(rows)
@@ -525,7 +534,7 @@ def make_folds(rows: pd.DataFrame, n_folds: int = 3, seed: int = 42, over: str =
 
 
 def _deal(groups: pd.DataFrame, n_folds: int, rng: np.random.Generator) -> pd.Series:
-    "Deal each stratum's queries out like cards, longest first and back and forth; the lightest fold so far comes first."
+    "Deal each stratum's queries out like cards, longest first, there and back, starting with the lightest fold."
     fold = pd.Series(-1, index=groups.index, dtype="int8")
     total = np.zeros(n_folds, dtype="int64")
     there_and_back = np.concatenate([np.arange(n_folds), np.arange(n_folds)[::-1]])
@@ -537,15 +546,15 @@ def _deal(groups: pd.DataFrame, n_folds: int, rng: np.random.Generator) -> pd.Se
         total += np.bincount(dealt, weights=shuffled["rows"], minlength=n_folds).astype("int64")
     return fold
 
-# %% ../nbs/00_data.ipynb #6ec9fe59
+# %% ../nbs/00_data.ipynb #d6cd3987
 def join_products(rows: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
     """Rows with the text fields of their product, in the same order and number.
 
     Joins on (product_id, product_locale). Raises `InputError` when a key is missing from or repeated in the catalogue.
     """
     key = list(PRODUCT_KEY)
-    _require(rows.columns, key, "the table of rows")
-    _require(products.columns, PRODUCT_COLUMNS, "the catalogue")
+    _require(rows.columns, key, "The table of rows")
+    _require(products.columns, PRODUCT_COLUMNS, "The catalogue")
     repeated = products[products.duplicated(key)]
     if len(repeated):
         raise InputError(f"The catalogue holds {_count(len(repeated), 'key')} (product_id / product_locale) twice "
@@ -556,7 +565,7 @@ def join_products(rows: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
     joined.attrs = dict(rows.attrs)
     return joined
 
-# %% ../nbs/00_data.ipynb #401763c0
+# %% ../nbs/00_data.ipynb #a2e2c0a4
 @dataclass(frozen=True)
 class RemoteFile:
     "A file to fetch: its name below the base address, its size in bytes and the SHA-256 of its contents."
@@ -590,8 +599,8 @@ def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[R
     needed = sum(max(0, file.size - _size(_part(folder, file))) for file in wanted)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise InputError(f"{folder} has {free / 1e6:,.1f} MB free and the download needs {needed / 1e6:,.1f} MB: make room or "
-                         "give a folder on another disk.")
+        raise InputError(f"{folder} has {free / 1e6:,.1f} MB free and the download needs {needed / 1e6:,.1f} MB: make "
+                         "room or give a folder on another disk.")
     for file in wanted:
         _fetch(f"{base_url.rstrip('/')}/{file.name}", folder, file)
     return [folder / file.name for file in files]
@@ -625,14 +634,15 @@ def _fetch(url: str, folder: Path, file: RemoteFile) -> None:
         raise InputError(f"{url} answered {error.code} ({error.reason}): check the address.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = _one_line(getattr(error, "reason", None) or error)
-        raise InputError(f"Fetching {url} failed after {_size(part):,} of {file.size:,} bytes ({reason}): check the connection "
-                         "and call again, it goes on from there.") from error
+        raise InputError(f"Fetching {url} failed after {_size(part):,} of {file.size:,} bytes ({reason}): check the "
+                         "connection and call again, it goes on from there.") from error
     if _size(part) < file.size:
-        raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on from there.")
+        raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on "
+                         "from there.")
     if not _is_right(part, file):
         part.unlink()
-        raise InputError(f"What {url} sent is not the expected file (SHA-256 is not {file.sha256[:12]}..., or it is longer than "
-                         f"{file.size:,} bytes), so it was removed: call again, or check the address.")
+        raise InputError(f"What {url} sent is not the expected file of {file.size:,} bytes with SHA-256 "
+                         f"{file.sha256[:12]}..., so it was removed: call again, or check the address.")
     part.replace(folder / file.name)
 
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Lexicon', 'lexicon', 'true_label', 'make_sample', 'write_sample']
 
-# %% ../nbs/01_sample.ipynb #ccc41b8b
+# %% ../nbs/01_sample.ipynb #d9c73f3b
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,15 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .data import EXAMPLES_FILE, LABELS, LOCALES, PRODUCTS_FILE, Esci, InputError
+from .data import (EXAMPLE_COLUMNS, EXAMPLES_FILE, LABELS, LOCALES, PRODUCT_COLUMNS, PRODUCTS_FILE, Esci,
+                          InputError)
 
-# %% ../nbs/01_sample.ipynb #311d9706
+# %% ../nbs/01_sample.ipynb #62f0b7c4
 _TYPES = """
 kitchen | kettle, water boiler | hervidor, jarra eléctrica | 電気ケトル, 湯沸かし器
 kitchen | coffee maker, drip brewer | cafetera, máquina de café | コーヒーメーカー, ドリップマシン
 kitchen | descaler, limescale remover | descalcificador, antical | クエン酸洗浄剤, 水垢取り
 kitchen | milk jug, creamer pitcher | jarrita de leche, lechera | ミルクピッチャー, ミルクジャグ
-kitchen | frying pan, skillet | sartén, paella antiadherente | フライパン, 炒め鍋
+kitchen | frying pan, skillet | sartén, paellera | フライパン, 炒め鍋
 kitchen | wok, stir fry pot | wok, cazuela para saltear | 中華鍋, 北京鍋
 kitchen | spatula, turner | espátula, paleta de cocina | フライ返し, ターナー
 kitchen | glass lid, splatter guard | tapa de cristal, protector antisalpicaduras | ガラス蓋, 油はねガード
@@ -97,7 +98,8 @@ _SIZES = {
     "us": {"kitchen": "0.5 L, 1 L, 1.7 L, 8 inch, 12 inch", "shoes": "size 6, size 7, size 8, size 9, size 11",
            "electronics": "32 GB, 64 GB, 128 GB, 2-pack, 6 ft", "toys": "12 inch, 18 inch, 50 pcs, 100 pcs, mini",
            "garden": "25 ft, 50 ft, 100 ft, 16 inch, 20 inch", "office": "A4, A5, 3-pack, 10-pack, large",
-           "beauty": "30 ml, 100 ml, 250 ml, travel size, 4-pack", "sports": "20 inch, 26 inch, 2 person, 4 person, XL"},
+           "beauty": "30 ml, 100 ml, 250 ml, travel size, 4-pack",
+           "sports": "20 inch, 26 inch, 2 person, 4 person, XL"},
     "es": {"kitchen": "0,5 L, 1 L, 1,7 L, 20 cm, 28 cm", "shoes": "talla 36, talla 38, talla 40, talla 42, talla 44",
            "electronics": "32 GB, 64 GB, 128 GB, 2 unidades, 2 m", "toys": "30 cm, 45 cm, 50 piezas, 100 piezas, mini",
            "garden": "10 m, 15 m, 30 m, 40 cm, 50 cm", "office": "A4, A5, 3 unidades, 10 unidades, grande",
@@ -123,14 +125,22 @@ _MATERIALS = {
            "beauty": "イオン, アルガン, 蜜蝋, ミネラル", "sports": "カーボン, 合金, 帆布, ポリエステル"},
 }
 _FEATURES = {
-    "us": {"kitchen": "timer, filter, thermometer, wooden grip, pour spout", "shoes": "arch support, reflector, zipper, heel tab, lining",
-           "electronics": "bluetooth, microphone, stand, display, usb port", "toys": "music, wheels, batteries, magnets, stickers",
-           "garden": "motor, folding handle, valve, shoulder strap, hook", "office": "armrest, clip, lock, engraving, castors",
-           "beauty": "perfume, glitter, keratin, led light, dispenser", "sports": "bell, mosquito net, basket, carry bag, spring"},
-    "es": {"kitchen": "temporizador, filtro, termómetro, mango de madera, pico", "shoes": "soporte de arco, reflectante, cremallera, talonera, forro",
-           "electronics": "bluetooth, micrófono, soporte, pantalla, puerto usb", "toys": "música, ruedas, pilas, imanes, pegatinas",
-           "garden": "motor, asa plegable, válvula, correa, gancho", "office": "reposabrazos, clip, cerradura, grabado, ruedecillas",
-           "beauty": "perfume, purpurina, queratina, luz led, dosificador", "sports": "timbre, mosquitera, cesta, bolsa de transporte, muelle"},
+    "us": {"kitchen": "timer, filter, thermometer, wooden grip, pour spout",
+           "shoes": "arch support, reflector, zipper, heel tab, lining",
+           "electronics": "bluetooth, microphone, stand, display, usb port",
+           "toys": "music, wheels, batteries, magnets, stickers",
+           "garden": "motor, folding handle, valve, shoulder strap, hook",
+           "office": "armrest, clip, lock, engraving, castors",
+           "beauty": "perfume, glitter, keratin, led light, dispenser",
+           "sports": "bell, mosquito net, basket, carry bag, spring"},
+    "es": {"kitchen": "temporizador, filtro, termómetro, mango de madera, pico",
+           "shoes": "soporte de arco, reflectante, cremallera, talonera, forro",
+           "electronics": "bluetooth, micrófono, soporte, pantalla, puerto usb",
+           "toys": "música, ruedas, pilas, imanes, pegatinas",
+           "garden": "motor, asa plegable, válvula, correa, gancho",
+           "office": "reposabrazos, clip, cerradura, grabado, ruedecillas",
+           "beauty": "perfume, purpurina, queratina, luz led, dosificador",
+           "sports": "timbre, mosquitera, cesta, bolsa de transporte, muelle"},
     "jp": {"kitchen": "タイマー, フィルター, 温度計, 木柄, 注ぎ口", "shoes": "土踏まずサポート, 反射材, ファスナー, かかとタブ, 裏地",
            "electronics": "ブルートゥース, マイク, スタンド, 液晶, USB端子", "toys": "音楽, 車輪, 電池, 磁石, シール",
            "garden": "モーター, 折りたたみ柄, バルブ, 肩ベルト, フック", "office": "肘掛け, クリップ, 錠, 刻印, キャスター",
@@ -142,7 +152,8 @@ _COLOURS = {
     "jp": "ブラック, ホワイト, レッド, ブルー, グリーン, イエロー, ピンク, グレー, ブラウン, パープル, オレンジ, シルバー",
 }
 _SHADES = {
-    "us": "Midnight, Pale, Deep, Dusty, Neon, Stone, Misty, Royal, Arctic, Forest, Desert, Ocean, Smoky, Candy, Vintage, Pearl",
+    "us": "Midnight, Pale, Deep, Dusty, Neon, Stone, Misty, Royal, Arctic, Forest, Desert, Ocean, "
+          "Smoky, Candy, Vintage, Pearl",
     "es": "medianoche, pálido, intenso, empolvado, neón, piedra, niebla, real, ártico, bosque, desierto, océano, humo, "
           "caramelo, retro, perla",
     "jp": "ミッドナイト, ペール, ディープ, ダスティ, ネオン, ストーン, ミスティ, ロイヤル, アークティック, フォレスト, デザート, オーシャン, "
@@ -151,36 +162,36 @@ _SHADES = {
 _AUDIENCES = {"us": "women, men, kids, beginners", "es": "mujer, hombre, niños, principiantes",
               "jp": "レディース, メンズ, 子供用, 初心者向け"}
 _HEAD_BRANDS = {
-    "us": "Zorvik, Nuvelan, Kaldoro, Brimtek, Ostrava Lane, Pellora, Quandry, Hexley, Tamsin & Roe, Varnok, Iblis Peak, Wexmoor",
-    "es": "Luzarro, Talvina, Berquero, Monzalba, Nortella, Caspiña, Zorvik, Nuvelan, Olmedal, Varnok, Peraluz, Ribanova",
-    "jp": "ハルミナ, コトバネ, Zorvik, ミズラボ, タケノワ, Nuvelan, ソラテック, キリヤマ堂, Varnok, ユメトキ, アサヒロ, Brimtek",
+    "us": "Zorvik, Nuvelan, Kaldoro, Brimosk, Osterlane, Pellora, Quandelo, Hexomir, Tamsin & Roe, "
+          "Varnok, Tarnpeak, Wexmoor",
+    "es": "Luzarro, Talvina, Berquero, Monzalba, Nortella, Caspiña, Zorvik, Nuvelan, Olmedal, Varnok, "
+          "Peraluz, Ribanova",
+    "jp": "ハルミナ, コトバネ, Zorvik, ミズモリノ, タケノワ, Nuvelan, ソラメグ, キリモヤ堂, Varnok, ユメトキ, アサネロ, Brimosk",
 }
 
-# %% ../nbs/01_sample.ipynb #d0673957
+# %% ../nbs/01_sample.ipynb #64cacd3d
 _TITLES = {
     "us": ("{brand} {name}, {colour}, {size}, {material}, {feature} {audience} {fits}",
            "{brand} {colour} {material} {name} {fits} - {size} {feature} {audience}",
-           "{name} {fits} by {brand}, {material}, {size}, {audience} {feature}, {colour}",
+           "{name} {fits} {by}, {material}, {size}, {audience} {feature}, {colour}",
            "{colour} {name} {feature} {audience} {fits} | {material} | {size} | {brand}"),
     "es": ("{brand} {name} {colour}, {size}, de {material}, {feature} {audience} {fits}",
            "{name} de {material} {brand} {fits}, {colour}, {size} {feature} {audience}",
            "{brand} - {name} {audience} {feature} {fits}, {colour}, {size}, {material}",
-           "{name} {colour} {fits} | {brand} | {material} | {size} {feature} {audience}"),
+           "{name} {colour} {fits} {by} | {material} | {size} {feature} {audience}"),
     "jp": ("{brand} {name} {colour} {size} {material}製 {feature} {audience} {fits}",
-           "【{brand}】{material}製{name} {fits} {feature} {size} {audience} {colour}",
+           "{by}{material}製{name} {fits} {feature} {size} {audience} {colour}",
            "{name} {fits} {size} {colour} {audience} {feature} {material}製 {brand}",
-           "{brand} {audience} {name} {material}製 ({colour}, {size}) {feature} {fits}"),
+           "{by}{name} {audience} {material}製 ({size}) {colour} {feature} {fits}"),
 }
 _BRIEF_TITLES = {
-    "us": ("{brand} {name} {colour} {fits}", "{colour} {name} {fits} by {brand}"),
-    "es": ("{brand} {name} {colour} {fits}", "{name} {fits} {colour} de {brand}"),
-    "jp": ("{brand} {name} {colour} {fits}", "{name} {fits} {colour} {brand}"),
+    "us": ("{brand} {name} {colour} {fits}", "{colour} {name} {fits} {by}"),
+    "es": ("{brand} {name} {colour} {fits}", "{name} {fits} {colour} {by}"),
+    "jp": ("{brand} {name} {colour} {fits}", "{by}{name} {fits} {colour}"),
 }
-_SPECS = {
-    "us": "{size} | {material} | {feature} | {audience}",
-    "es": "{size} | {material} | {feature} | {audience}",
-    "jp": "{size}/{material}製/{feature}/{audience}",
-}
+_BY = {"us": "by {0}", "es": "de {0}", "jp": "【{0}】"}
+_SPEC_GAP = {"us": " | ", "es": " | ", "jp": "/"}
+_MOTIF = {"us": "in {0} design", "es": "con diseño de {0}", "jp": "{0}柄"}   # looks like one, is none
 _FITS = {"us": ("for {name}, compatible with {brand}", "fits {brand} {name}"),
          "es": ("para {name}, compatible con {brand}", "para {name} {brand}"),
          "jp": ("{brand} {name}用", "{name}対応 {brand}互換")}
@@ -189,7 +200,7 @@ _AUDIENCE_WORDS = {"us": "for {0}", "es": "para {0}", "jp": "{0}"}
 _BULLETS = {
     "us": ("Made to last: every part is checked by hand before it leaves us.", "Easy to clean, a damp cloth will do.",
            "Comes in a plain box that is simple to wrap.", "Light enough to take along on a trip.",
-           "Not what you hoped for? Write to us within thirty days.", "A {brand} favourite, now with a better finish.",
+           "Not what you hoped for? Write to us within thirty days.", "The {brand} classic, now with a better finish.",
            "Safe edges and a steady feel in the hand.", "Ready to use out of the box, no tools needed."),
     "es": ("Hecho para durar: revisamos cada pieza a mano.", "Fácil de limpiar con un paño húmedo.",
            "Llega en una caja sencilla, perfecta para regalar.", "Tan ligero que cabe en cualquier viaje.",
@@ -208,43 +219,56 @@ _MENTIONS = {
            "{mention}と一緒にどうぞ。"),
 }
 _OPENERS = {
-    "us": ("Meet the new {name} from {brand}.", "Looking for a {name} that simply works?", "{brand} built this {name} for everyday use.",
+    "us": ("Meet the new {name} from {brand}.", "Looking for a {name} that simply works?",
+           "{brand} built this {name} for everyday use.",
            "A good {name} doesn’t need many words.", "Your home deserves a better {name}."),
-    "es": ("Te presentamos: {name} de {brand}.", "¿Buscas algo que simplemente funcione? {name}.", "{brand} pensó en el día a día: {name}.",
+    "es": ("Te presentamos: {name} de {brand}.", "¿Buscas algo que simplemente funcione? {name}.",
+           "{brand} pensó en el día a día: {name}.",
            "Calidad “de siempre” en {name}.", "Tu casa merece lo mejor: {name}."),
     "jp": ("{brand}の新しい{name}です。", "毎日使える{name}をお探しですか。", "{brand}が普段使いのために作った{name}です。",
            "良い{name}に多くの言葉はいりません。", "暮らしに寄り添う{name}をどうぞ。"),
 }
 _MIDDLES = {
-    "us": ("It comes {feature}, in {colour}, and stays quiet about it.", "The {material} body keeps its shape for years.",
-           "We listened to many letters and changed what you asked for.", "Choose it as a present, keep it for yourself.",
+    "us": ("It comes {feature}, in {colour}, and stays quiet about it.",
+           "The {material} body keeps its shape for years.",
+           "We listened to many letters and changed what you asked for.",
+           "Choose it as a present, keep it for yourself.",
            "The colour is {colour}; screens may show it a little differently."),
-    "es": ("Viene {feature}, en {colour}, sin complicaciones.", "El cuerpo de {material} mantiene su forma durante años.",
+    "es": ("Viene {feature}, en {colour}, sin complicaciones.",
+           "El cuerpo de {material} mantiene su forma durante años.",
            "Leímos muchas cartas y cambiamos lo que pedíais.", "Elígelo para regalar y quédatelo tú.",
            "El color es {colour}; en pantalla puede variar un poco."),
     "jp": ("{feature}の{colour}モデルです。", "{material}の本体は長く形を保ちます。", "お客様の声を集めて改良しました。",
            "贈り物にも自分用にもおすすめです。", "色は{colour}です。画面により見え方が異なる場合があります。"),
 }
-_FIRST = "ba be bo bra bri da de do el fa fi ga gra ha in ja jo ka ke ki la le li lo ma mi mo na ne no or pa pe ra ro sa so ta ti va".split()
-_MIDDLE = "ba bi da di fe fu ga gi ka ki la le li lu ma me mi mu na ne ni nu pa pi ra re ri ru sa si ta te ti tu va ve vi za ze zo".split()
-_LAST = "x n nd r s l lo na ra to ta co rex tek lux via ron dal mor vin fix gen lan max nix pro rin san ton vex zen bel cor dor fen gar hal jet kit wyn".split()
+_FIRST = ("ba be bo bra bri da de do el fa fi ga gra ha in ja jo ka ke ki la le li lo ma mi mo na ne no or pa "
+          "pe ra ro sa so ta ti va").split()
+_MIDDLE = ("ba bi da di fe fu ga gi ka ki la le li lu ma me mi mu na ne ni nu pa pi ra re ri ru sa si ta te ti "
+           "tu va ve vi za ze zo").split()
+_LAST = ("x n nd r s l lo na ra to ta co rex tek lux via ron dal mor vin fix gen lan max nix pro rin san ton "
+         "vex zen bel cor dor fen gar hal jet kit wyn").split()
 _KANA_FIRST = "ア イ カ キ ク コ サ シ ス ソ タ チ ツ ト ナ ニ ノ ハ ヒ フ ホ マ ミ ム モ ヤ ユ ヨ ラ リ ル ロ ワ エ オ ケ セ テ ネ メ".split()
-_KANA_MIDDLE = "ラ リ ル レ ロ ナ ニ ノ マ ミ メ モ サ シ ス ソ タ チ ト カ キ ク コ ビ バ ボ ダ ド ガ ゴ ザ ゼ パ ピ ポ フ ハ ヒ ワ ヨ".split()
-_KANA_LAST = "ン ナ ラ ト コ ネ ミ スト テック 堂 屋 工房 ワークス ライフ ホーム リア ニア ロン ソン ベル メイト ラボ ウェア ノア リオ キス レ タ シア マル ワン バン トン ポン ゼン ミン ケン ジン リン テン".split()
+_KANA_MIDDLE = "ラ リ ル レ ロ ナ ニ ノ マ ミ メ モ サ シ ス ゾ タ チ ト カ キ ク コ ビ バ ボ ダ ド ガ ゴ ザ ゼ パ ピ ポ フ ハ ヒ ワ ヨ".split()
+_KANA_LAST = ("ン ナ ラ ト コ ネ ミ スト テック 堂 屋 工房 ワークス ライフ ホーム リア ニア ロン ソン ベル メイト ラボ ウェア ノア リオ キス レ タ シア マル ワン バン トン ポン ゼン "
+              "ミン ケン ジン リン テン").split()
+_LAST_ES = ("lla rra ñal dero zal cia sol mar blo que flor zo rio mon cal llo no ne les ral dez ga nia to chi "
+            "rrón sel val fer luz bri teo jo ces duna cho del pes rte naz").split()
 _HOUSES = {"us": ("", " Home", " Works", " Goods", " & Co", " Labs", " Direct", " Studio"),
            "es": ("", " Hogar", " Ibérica", " Casa", " Taller", " Directo", " y Cía", " Estudio"),
            "jp": ("", " ホーム", " ジャパン", " ストア", " デザイン", " 本舗", " スタジオ", " ダイレクト")}
 
-# %% ../nbs/01_sample.ipynb #f9da568d
+# %% ../nbs/01_sample.ipynb #57107add
 _BRAND, _COLOUR, _SIZE, _MATERIAL, _AUDIENCE, _FEATURE = range(6)
 _N_COLOURS, _N_SIZES, _N_MATERIALS, _N_AUDIENCES, _N_FEATURES = 12, 5, 4, 4, 10  # features count with and without
 _N_HEAD = 12           # brands every block of a locale shares
-_BRANDS_PER_BLOCK = 1500
+_BRANDS_PER_BLOCK = 900
 _BLOCK = 256           # queries generated together
+_N_TYPES = len(_TYPES.strip().split("\n"))
+_N_FAMILIES = _N_TYPES // 4
 
 
 def _split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+    return [part.strip() for part in text.split(", ")]
 
 
 @dataclass(frozen=True)
@@ -263,18 +287,18 @@ class Lexicon:
 @lru_cache
 def lexicon(locale: str) -> Lexicon:
     "The lexicon of `locale` ('us', 'es' or 'jp')."
-    column = 1 + LOCALES.index(locale)
-    rows = [line.split("|") for line in _TYPES.strip().split("\n")]
-    departments = list(dict.fromkeys(row[0].strip() for row in rows))
-    by_department = lambda table: np.array([_split_list(table[locale][d].replace("0,5", "0.5").replace("1,7", "1.7"))
-                                            for d in departments], dtype=object)
-    with_word, without_word = _FEATURE_WORDS[locale]
-    features = [[word.format(f) for f in row for word in (with_word, without_word)] for row in by_department(_FEATURES)]
-    return Lexicon(np.array([_split_list(row[column]) for row in rows], dtype=object),
-                   np.array([departments.index(row[0].strip()) for row in rows]),
-                   np.array(_split_list(_COLOURS[locale]), dtype=object), np.array(_split_list(_SHADES[locale]), dtype=object),
-                   by_department(_SIZES), by_department(_MATERIALS), np.array(features, dtype=object),
-                   np.array([_AUDIENCE_WORDS[locale].format(a) for a in _split_list(_AUDIENCES[locale])], dtype=object))
+    rows = [[cell.strip() for cell in line.split("|")] for line in _TYPES.strip().split("\n")]
+    departments = list(dict.fromkeys(row[0] for row in rows))
+    table = lambda texts: np.array([_split_list(text) for text in texts], dtype=object)
+    by_department = lambda words: table(words[locale][name] for name in departments)
+    features = [[word.format(feature) for feature in row for word in _FEATURE_WORDS[locale]]
+                for row in by_department(_FEATURES)]
+    return Lexicon(
+        names=table(row[1 + LOCALES.index(locale)] for row in rows),
+        department=np.array([departments.index(row[0]) for row in rows]),
+        colours=table([_COLOURS[locale]])[0], shades=table([_SHADES[locale]])[0], sizes=by_department(_SIZES),
+        materials=by_department(_MATERIALS), features=np.array(features, dtype=object),
+        audiences=np.array([_AUDIENCE_WORDS[locale].format(a) for a in _split_list(_AUDIENCES[locale])], dtype=object))
 
 
 def _brand_names(codes: np.ndarray, locale: str) -> list[str]:
@@ -282,20 +306,22 @@ def _brand_names(codes: np.ndarray, locale: str) -> list[str]:
     head = _split_list(_HEAD_BRANDS[locale])
     tail = np.maximum(codes - _N_HEAD, 0)
     scrambled = tail * 27_211 % 64_000           # a permutation of 0..63999, so that neighbours do not look alike
-    first, middle, last = scrambled // 1600, scrambled // 40 % 40, scrambled % 40
-    kana = (tail * 7919 % 10 < 6) & (locale == "jp")
-    houses = _HOUSES[locale]
-    return [head[code] if code < _N_HEAD else
-            (_KANA_FIRST[f] + _KANA_MIDDLE[m] + _KANA_LAST[l] if is_kana else (_FIRST[f] + _MIDDLE[m] + _LAST[l]).capitalize())
-            + houses[rest % 8]
-            for code, f, m, l, is_kana, rest in zip(codes.tolist(), first.tolist(), middle.tolist(), last.tolist(),
-                                                    kana.tolist(), (tail // 64_000).tolist())]
+    first, middle, last = (part.tolist() for part in (scrambled // 1600, scrambled // 40 % 40, scrambled % 40))
+    kana = ((tail * 7919 % 10 < 7) & (locale == "jp")).tolist()
+    house = [_HOUSES[locale][k % 8] for k in (tail // 64_000).tolist()]
+    endings = _LAST_ES if locale == "es" else _LAST
+    style = str.upper if locale == "jp" else str.capitalize
+    return [head[code] if code < _N_HEAD
+            else (_KANA_FIRST[f] + _KANA_MIDDLE[m] + _KANA_LAST[l] if is_kana
+                  else style(_FIRST[f] + _MIDDLE[m] + endings[l])) + suffix
+            for code, f, m, l, is_kana, suffix in zip(codes.tolist(), first, middle, last, kana, house)]
 
-# %% ../nbs/01_sample.ipynb #d25c34cc
+# %% ../nbs/01_sample.ipynb #d14ff586
 def true_label(query_type: np.ndarray, wishes: np.ndarray, product_type: np.ndarray, traits: np.ndarray) -> np.ndarray:
-    """Label codes (0..3 = E, S, C, I) of query/product pairs by the rule above; -1 for two accessories of one family (undecided).
+    """Label codes of query/product pairs by the rule above: 0..3 for E, S, C, I; -1 for two accessories of one family.
 
-    Types are (n,) ints, wishes and traits (n, 6) ints: brand, colour, size, material, audience, feature; -1 is 'no wish'.
+    Types are ints of shape (n,), wishes and traits ints of shape (n, 6): brand, colour, size, material, audience,
+    feature. A wish of -1 is no wish, a trait of -1 is one that the product does not state. [own]
     """
     same_family = query_type // 4 == product_type // 4
     query_main, product_main = query_type % 4 < 2, product_type % 4 < 2
@@ -334,19 +360,23 @@ def _large_only_shares() -> np.ndarray:
     large = sum(rows for _, rows in _COUNTS["large", "train"].values())
     return (_LARGE_SHARES * large - _SMALL_SHARES * small) / (large - small)
 
-# %% ../nbs/01_sample.ipynb #15bad1bf
+# %% ../nbs/01_sample.ipynb #859c8154
 def _draw_depths(rng: np.random.Generator, means: np.ndarray) -> np.ndarray:
     "List depths around `means`: most lists 16 to 40 long, a few shorter, few very long."
     n = len(means)
-    uniform = (rng.permutation(n) + rng.random(n)) / n             # stratified, so that a block's mean is steady
-    short = rng.random(n) < .06
-    tail = np.floor(-np.log1p(-uniform) * (means - 15.2))
-    return np.where(short, rng.integers(8, 16, n), np.minimum(16 + tail, 188)).astype(np.int64)
+    uniform = np.empty(n)
+    for mean in np.unique(means):                                   # stratified, so that a block's mean is steady
+        group = np.flatnonzero(means == mean)
+        uniform[group] = (rng.permutation(len(group)) + rng.random(len(group))) / len(group)
+    tail_mean = (means - .06 * 11.5) / .94 - 16
+    tail = np.floor(np.log1p(-uniform) / -np.log1p(1 / tail_mean))   # geometric
+    return np.where(rng.random(n) < .06, rng.integers(8, 16, n), np.minimum(16 + tail, 188)).astype(np.int64)
 
 
 def _draw_label_counts(rng: np.random.Generator, depths: np.ndarray, target: np.ndarray) -> np.ndarray:
     "How many E, S, C, I each query of one group wants, (n, 4): lists differ, the group as a whole meets `target`."
-    if not len(depths): return np.zeros((0, 4), dtype=np.int64)
+    if not len(depths):
+        return np.zeros((0, 4), dtype=np.int64)
     shares = rng.dirichlet(target * 6 + .05, len(depths))
     for _ in range(30):                                            # pull the group's mean onto the target
         shares = shares * target / np.maximum(np.average(shares, axis=0, weights=depths), 1e-9)
@@ -358,24 +388,26 @@ def _draw_label_counts(rng: np.random.Generator, depths: np.ndarray, target: np.
 
 def _draw_traits(rng: np.random.Generator, n: int) -> np.ndarray:
     "Free traits (n, 6); the brand column is left at -1."
-    traits = np.stack([np.full(n, -1), rng.integers(0, _N_COLOURS, n), rng.integers(0, _N_SIZES, n),
-                       rng.integers(0, _N_MATERIALS, n), rng.integers(0, _N_AUDIENCES, n), rng.integers(0, _N_FEATURES, n)], axis=1)
+    n_values = (_N_COLOURS, _N_SIZES, _N_MATERIALS, _N_AUDIENCES, _N_FEATURES)
+    traits = np.stack([np.full(n, -1), *(rng.integers(0, k, n) for k in n_values)], axis=1)
     traits[rng.random(n) < .4, _AUDIENCE] = -1
     return traits
 
 
-def _draw_queries(rng: np.random.Generator, n: int, local_brands: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw_queries(rng: np.random.Generator, n: int,
+                  local_brands: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Types (n,), wishes (n, 6) and which name of the type the query uses (n,)."
-    main = rng.random(n) < .75
-    types = rng.integers(0, len(_TYPES.strip().split("\n")) // 4, n) * 4 + np.where(main, 0, 2) + rng.integers(0, 2, n)
+    popularity = 1 / (1 + np.arange(_N_FAMILIES) * 7 % _N_FAMILIES) ** .8      # some families are asked for much more
+    family = rng.choice(_N_FAMILIES, n, p=popularity / popularity.sum())
+    types = family * 4 + np.where(rng.random(n) < .75, 0, 2) + rng.integers(0, 2, n)
     wishes = _draw_traits(rng, n)
     wishes[:, _AUDIENCE] = rng.integers(0, _N_AUDIENCES, n)
     head = (rng.random(n) < .85) | (len(local_brands) == 0)
     local = rng.choice(local_brands, n) if len(local_brands) else np.zeros(n, dtype=np.int64)
     wishes[:, _BRAND] = np.where(head, rng.integers(0, _N_HEAD, n), local)
-    n_wishes = rng.choice(4, n, p=[.15, .42, .30, .13])
+    n_wishes = np.maximum(rng.choice(4, n, p=[.15, .42, .30, .13]), types % 4 >= 2)   # accessories: one at least
     weight = np.array([.24, .25, .12, .13, .11, .15])
-    order = np.argsort(np.argsort(rng.exponential(1, (n, 6)) / weight, axis=1), axis=1)   # a weighted draw without replacement
+    order = np.argsort(np.argsort(rng.exponential(1, (n, 6)) / weight, axis=1), axis=1)   # weighted, none twice
     wishes[order >= n_wishes[:, None]] = -1
     return types, wishes, rng.integers(0, 2, n)
 
@@ -385,23 +417,26 @@ def _lookup(table: np.ndarray, *codes: np.ndarray) -> list[str]:
     return np.where(codes[-1] < 0, "", table[codes]).tolist()
 
 
-def _query_texts(rng: np.random.Generator, locale: str, types: np.ndarray, wishes: np.ndarray, name: np.ndarray) -> list[str]:
-    "The words a customer types: shuffled a little, always lower case but for brands."
+def _query_texts(rng: np.random.Generator, locale: str, types: np.ndarray, wishes: np.ndarray,
+                 name: np.ndarray) -> list[str]:
+    "The words a customer types, in one of three orders; brands as their owners write them."
     lex, department = lexicon(locale), lexicon(locale).department[types]
-    brand = np.where(wishes[:, _BRAND] < 0, "", np.array(_brand_names(np.maximum(wishes[:, _BRAND], 0), locale), dtype=object)).tolist()
-    parts = zip(rng.integers(0, 3, len(types)).tolist(), lex.names[types, name].tolist(), brand,
-                _lookup(lex.colours, wishes[:, _COLOUR]), _lookup(lex.sizes, department, wishes[:, _SIZE]),
-                _lookup(lex.materials, department, wishes[:, _MATERIAL]), _lookup(lex.audiences, wishes[:, _AUDIENCE]),
-                _lookup(lex.features, department, wishes[:, _FEATURE]))
+    brand = [name if code >= 0 else "" for name, code in
+             zip(_brand_names(np.maximum(wishes[:, _BRAND], 0), locale), wishes[:, _BRAND].tolist())]
+    colour = [word.lower() for word in _lookup(lex.colours, wishes[:, _COLOUR])]
+    parts = zip(rng.integers(0, 3, len(types)).tolist(), lex.names[types, name].tolist(), brand, colour,
+                _lookup(lex.sizes, department, wishes[:, _SIZE]),
+                _lookup(lex.materials, department, wishes[:, _MATERIAL]),
+                _lookup(lex.audiences, wishes[:, _AUDIENCE]), _lookup(lex.features, department, wishes[:, _FEATURE]))
     if locale == "us":
         texts = (f"{b} {c} {m} {n} {s} {f} {a}" if order == 0 else f"{n} {b} {c} {s} {m} {a} {f}" if order == 1
                  else f"{c} {m} {s} {n} {f} {a} {b}" for order, n, b, c, s, m, a, f in parts)
     else:
         texts = (f"{n} {b} {m} {c} {s} {f} {a}" if order == 0 else f"{b} {n} {c} {s} {m} {a} {f}" if order == 1
                  else f"{n} {m} {c} {a} {f} {s} {b}" for order, n, b, c, s, m, a, f in parts)
-    return [" ".join(text.split()).lower() for text in texts]
+    return [" ".join(text.split()) for text in texts]
 
-# %% ../nbs/01_sample.ipynb #64bc490b
+# %% ../nbs/01_sample.ipynb #14068bcf
 @dataclass
 class _Products:
     "Latent products of one block; `source` is the query they were made for, `wanted` the label they were made to get."
@@ -411,54 +446,57 @@ class _Products:
     wanted: np.ndarray
 
 
-def _make_products(rng: np.random.Generator, types: np.ndarray, wishes: np.ndarray, source: np.ndarray, wanted: np.ndarray) -> _Products:
+def _make_products(rng: np.random.Generator, types: np.ndarray, wishes: np.ndarray, source: np.ndarray,
+                   wanted: np.ndarray) -> _Products:
     "New products for slots: `source` (n,) query rows of the block, `wanted` (n,) label codes."
-    n, n_types = len(source), len(lexicon("us").names)
+    n = len(source)
     query_type, wish = types[source], wishes[source]
-    traits = _draw_traits(rng, n)
     position, has_wish = query_type % 4, (wish >= 0).any(axis=1)
-    broken = (wanted == 1) & has_wish & ((position >= 2) | (rng.random(n) < .7))
+    broken = (wanted == 1) & has_wish & ((position >= 2) | (rng.random(n) < .7))   # right type, one wish not met
     sibling = np.where(position < 2, query_type ^ 1, query_type)
     accessory = query_type - position + np.where(position < 2, 2, 0) + rng.integers(0, 2, n)
-    other = (query_type - position + 4 * rng.integers(1, n_types // 4, n)) % n_types + rng.integers(0, 4, n)
-    product_type = np.select([(wanted == 0) | broken, wanted == 1, wanted == 2], [query_type, sibling, accessory], other)
-    # wishes are met by exact products and mostly by the others too: a wrong type in the right colour is the hard case
-    meets = (wanted == 0)[:, None] | (rng.random((n, 6)) < .6)
-    traits = np.where((wish >= 0) & meets, wish, traits)
-    traits[broken] = np.where(wish[broken] >= 0, wish[broken], traits[broken])
-    key = np.where(wish >= 0, rng.random((n, 6)), -1.0)
-    first_broken = key.argmax(axis=1)
+    other = (query_type - position + 4 * rng.integers(1, _N_FAMILIES, n)) % _N_TYPES + rng.integers(0, 4, n)
+    product_type = np.select([(wanted == 0) | broken, wanted == 1, wanted == 2],
+                             [query_type, sibling, accessory], other)
+    # wrong types meet most wishes too: a wrong thing in the right colour is the hard case
+    meets = ((wanted == 0) | broken)[:, None] | (rng.random((n, 6)) < .6)
+    traits = np.where((wish >= 0) & meets, wish, _draw_traits(rng, n))
     rows = np.flatnonzero(broken)
-    column = first_broken[rows]
-    size = np.array([_N_HEAD, _N_COLOURS, _N_SIZES, _N_MATERIALS, _N_AUDIENCES, _N_FEATURES])[column]
-    old = traits[rows, column]
-    step = 1 + (rng.random(len(rows)) * (size - 1)).astype(np.int64)
-    new = np.where(old < size, (old + step) % size, old % size)     # a local brand gives way to a head brand
-    opposite = (column == _FEATURE) & (rng.random(len(rows)) < .7)   # 'with' where 'without' was asked for
-    new = np.where((column == _BRAND) & (rng.random(len(rows)) < .5), -1, np.where(opposite, old ^ 1, new))
-    traits[rows, column] = new
+    column = np.where(wish[rows] >= 0, rng.random((len(rows), 6)), -1.0).argmax(axis=1)
+    traits[rows, column] = _other_values(rng, column, traits[rows, column])
     return _Products(product_type, traits, source, wanted)
 
 
-def _fill_brands(rng: np.random.Generator, traits: np.ndarray, wish_brand: np.ndarray, block: int) -> None:
-    "Give a brand to products that have none yet: a quarter are head brands, the others follow the published long tail [S]."
+def _other_values(rng: np.random.Generator, column: np.ndarray, value: np.ndarray) -> np.ndarray:
+    "Values of the trait `column` that differ from `value`; brands are left open (-1), to be filled by another one."
+    n_values = np.array([_N_HEAD, _N_COLOURS, _N_SIZES, _N_MATERIALS, _N_AUDIENCES, _N_FEATURES])[column]
+    step = 1 + (rng.random(len(value)) * (n_values - 1)).astype(np.int64)
+    opposite = (column == _FEATURE) & (rng.random(len(value)) < .7)       # 'with' where 'without' was asked for
+    return np.where(column == _BRAND, -1, np.where(opposite, value ^ 1, (value + step) % n_values))
+
+
+def _fill_brands(rng: np.random.Generator, traits: np.ndarray, unwanted: np.ndarray, first_code: int, n_codes: int,
+                 heads_among: bool) -> None:
+    """Give a brand to the products that have none: a fifth get a head brand, the others follow the long tail [S].
+
+    New brands have the codes from `first_code` on, largest brands first. `unwanted` (n,) is a brand that a product must
+    not have. `heads_among`: the head brands count among the large brands of these products.
+    """
     free = np.flatnonzero(traits[:, _BRAND] < 0)
-    head = rng.random(len(free)) < .25
+    head = rng.random(len(free)) < .2
     traits[free[head], _BRAND] = rng.integers(0, _N_HEAD, head.sum())
     tail = free[~head]
-    kind = rng.choice(3, len(tail), p=[.535, .395, .07])
-    middle = np.minimum(2 + rng.geometric(.42, len(tail)) - 1, 10)
-    large = np.minimum(13 + rng.geometric(.06, len(tail)), 120)
-    counts = np.select([kind == 0, kind == 1], [1, middle], large)
-    counts = counts[:np.searchsorted(np.cumsum(counts), len(tail)) + 1]
-    codes = np.repeat(_first_local_brand(block) + np.minimum(np.arange(len(counts)), _BRANDS_PER_BLOCK - 1), counts)
-    traits[tail, _BRAND] = rng.permutation(codes[:len(tail)])
-    clash = traits[free, _BRAND] == wish_brand[free]                 # the brand was to be broken: move on to the next one
-    traits[free[clash], _BRAND] = (traits[free[clash], _BRAND] + 1) % _N_HEAD
-
-
-def _first_local_brand(block: int) -> int:
-    return _N_HEAD + block * _BRANDS_PER_BLOCK
+    one, many = .56, .071
+    if heads_among: many = max(.01, many - _N_HEAD / max(len(tail) / 4.5, 1))
+    kind = rng.choice(3, len(tail), p=[one, 1 - one - many, many])
+    few = np.minimum(1 + rng.geometric(.42, len(tail)), 10)
+    lots = np.minimum(13 + rng.geometric(.06, len(tail)), 120)
+    counts = np.select([kind == 0, kind == 1], [1, few], lots)
+    counts = np.sort(counts[:np.searchsorted(np.cumsum(counts), len(tail)) + 1])[::-1][:n_codes]
+    codes = np.resize(np.repeat(first_code + np.arange(len(counts)), counts), len(tail))
+    traits[tail, _BRAND] = rng.permutation(codes)
+    clash = free[traits[free, _BRAND] == unwanted[free]]
+    traits[clash, _BRAND] = (traits[clash, _BRAND] + 1) % _N_HEAD
 
 
 def _reuse(rng: np.random.Generator, types: np.ndarray, wishes: np.ndarray, source: np.ndarray, wanted: np.ndarray,
@@ -466,7 +504,7 @@ def _reuse(rng: np.random.Generator, types: np.ndarray, wishes: np.ndarray, sour
     "For each slot a product of another query that has the wanted label, or -1 if `tries` draws find none."
     n = len(source)
     by_family = np.argsort(products.types // 4, kind="stable")
-    starts = np.searchsorted(products.types[by_family] // 4, np.arange(len(lexicon("us").names) // 4 + 1))
+    starts = np.searchsorted(products.types[by_family] // 4, np.arange(_N_FAMILIES + 1))
     family = types[source] // 4
     low, high = starts[family], starts[family + 1]
     inside = low[:, None] + (rng.random((n, tries)) * (high - low)[:, None]).astype(np.int64)
@@ -481,108 +519,143 @@ def _reuse(rng: np.random.Generator, types: np.ndarray, wishes: np.ndarray, sour
     repeated[np.unique(pair, return_index=True)[1]] = False          # a query never lists a product twice
     return np.where(repeated, -1, found)
 
-# %% ../nbs/01_sample.ipynb #4f51f844
+# %% ../nbs/01_sample.ipynb #f87905da
 def _colour_names(rng: np.random.Generator, locale: str, colours: np.ndarray) -> list[str]:
     "Colour names as sellers write them: half plain, half with a tail that hardly anyone else has."
     lex, n = lexicon(locale), len(colours)
     shade, second_shade = rng.integers(0, len(lex.shades), (2, n))
     plain, other = lex.colours[colours].tolist(), lex.colours[rng.integers(0, _N_COLOURS, n)].tolist()
-    form = rng.choice(4, n, p=[.5, .08, .12, .30])
-    number = rng.integers(2, 1000, n)
-    join = (lambda s, c: f"{c} {s}") if locale == "es" else (lambda s, c: s + c) if locale == "jp" else (lambda s, c: f"{s} {c}")
+    form = rng.choice(5, n, p=[.42, .12, .08, .10, .28])
+    number = rng.integers(2, 1000, n).tolist()
+    pattern = {"us": "{1} {0}", "es": "{0} {1}", "jp": "{1}{0}"}[locale]
     between = {"us": ("/", " x ", " and "), "es": ("/", " x ", " y "), "jp": ("×", "/", "&")}[locale]
-    separator = [between[k] for k in rng.integers(0, 3, n).tolist()]
-    return [c if k == 0 else join(s, c) + sep + join(s2, c2) if k == 1 else f"{c} {chr(65 + num % 26)}{num}" if k == 2
-            else f"{join(s, c)}{sep}{join(s2, c2)} {num % 89 + 2}"
-            for k, c, c2, s, s2, num, sep in zip(form.tolist(), plain, other, lex.shades[shade].tolist(),
-                                                 lex.shades[second_shade].tolist(), number.tolist(), separator)]
+    shaded = [pattern.format(c, s) for c, s in zip(plain, lex.shades[shade].tolist())]
+    second = [between[k] + pattern.format(c, s)
+              for k, c, s in zip(rng.integers(0, 3, n).tolist(), other, lex.shades[second_shade].tolist())]
+    return [c if k == 0 else one if k == 1 else one + two if k == 2 else f"{c} {chr(65 + num % 26)}{num}" if k == 3
+            else f"{one}{two} {num % 89 + 2}"
+            for k, c, one, two, num in zip(form.tolist(), plain, shaded, second, number)]
 
 
 def _mojibake(text: str) -> str:
+    "UTF-8 read as if it were cp1252, as in badly exported catalogues."
     return text.encode("utf-8").decode("cp1252", errors="ignore")
 
 
-def _decorate(rng: np.random.Generator, texts: list[str], locale: str, long: bool) -> list[str]:
-    "Dirt of real listings in a minority of texts: HTML and entities (long texts only), emoji, odd spaces, mojibake."
-    n = len(texts)
-    kind = np.where(rng.random(n) < (.30 if long else .05), rng.integers(0, 8, n), 8)
-    emoji = ("⭐", "🎁", "🔥", "✅", "👍")
-    pick = [emoji[k] for k in rng.integers(0, len(emoji), n).tolist()]
-    broken = rng.random(n) < .2
-
-    def one(text: str, k: int, mark: str, mangle: bool) -> str:
-        if k == 8 or not text: return text
-        if k == 0: return f"{mark} {text}"
-        if k == 1: return text.replace(" ", "  ", 2) + " "
-        if k == 2: return text.replace("’", "â€™").replace("“", "â€œ") if locale != "jp" else text + "\u3000"
-        if k == 3: return _mojibake(text) if mangle and locale == "es" else f"{text} {mark}{mark}"
-        if not long: return text + "!"
-        if k == 4: return "<b>" + text.replace(". ", ".</b><br>", 1) + ("" if ". " in text else "</b>")
-        if k == 5: return "<ul><li>" + text.replace("\n", "</li><li>").replace(". ", ".</li><li>") + "</li></ul>"
-        if k == 6: return text.replace(" & ", " &amp; ").replace(", ", ",&nbsp;")
-        return "<p>" + text.replace("\n", "<br>") + "</p>"
-
-    return [one(*row) for row in zip(texts, kind.tolist(), pick, broken.tolist())]
+def _soil(text: str, kind: int, mark: str, long: bool) -> str:
+    "One text with one kind of dirt: kinds 0-3 are for any text, 4-7 (HTML) for long ones."
+    if kind == 0: return f"{mark} {text}"
+    if kind == 1: return text.replace(" ", "  ", 2) + " "
+    if kind == 2: return _mojibake(text) if "’" in text or "“" in text else text + "\u3000"
+    if kind == 3: return f"{text} {mark}{mark}"
+    if not long: return text + "!"
+    if kind == 4: return "<b>" + text.replace(". ", ".</b><br>", 1) if ". " in text else f"<b>{text}</b>"
+    if kind == 5: return "<ul><li>" + text.replace(". ", ".</li><li>") + "</li></ul>"
+    if kind == 6: return text.replace(" & ", " &amp; ").replace(", ", ",&nbsp;")
+    return f"<p>{text}</p>"
 
 
-def _product_texts(rng: np.random.Generator, locale: str, products: _Products, query_texts: list[str],
-                   query_types: np.ndarray, query_name: np.ndarray, query_brand: np.ndarray) -> dict[str, list[str]]:
-    "Title, description, bullets, brand and colour of latent products; blank texts are None."
-    lex, n = lexicon(locale), len(products.types)
-    types, traits, source = products.types, products.traits, products.source
-    department = lex.department[types]
-    blank_brand, blank_bullets, blank_colour, blank_description = (rng.random(n) < p for p in _BLANK[locale])
-    name = lex.names[types, rng.integers(0, 2, n)].tolist()
-    brand = _brand_names(traits[:, _BRAND], locale)
-    colour = _colour_names(rng, locale, traits[:, _COLOUR])
-    size, material = _lookup(lex.sizes, department, traits[:, _SIZE]), _lookup(lex.materials, department, traits[:, _MATERIAL])
-    audience = _lookup(lex.audiences, traits[:, _AUDIENCE])
-    feature = _lookup(lex.features, department, traits[:, _FEATURE])
+def _decorate(rng: np.random.Generator, texts: list[str], share: float, long: bool) -> list[str]:
+    "Dirt of real listings in a `share` of the texts: emoji, odd spaces, mojibake; HTML and entities in long ones."
+    n, marks = len(texts), "⭐🎁🔥✅👍"
+    kind = np.where(rng.random(n) < share, rng.integers(0, 8, n), 8).tolist()
+    return [text if k == 8 else _soil(text, k, marks[mark], long)
+            for text, k, mark in zip(texts, kind, rng.integers(0, len(marks), n).tolist())]
 
-    # accessories say what they fit: the query's own words if they were made to complement it
-    asked = query_types[source]
-    complement = (products.wanted == 2) & (asked % 4 < 2)
-    main = np.where(complement, asked, types - types % 4 + rng.integers(0, 2, n))
-    main_name = lex.names[main, np.where(complement, query_name[source], rng.integers(0, 2, n))].tolist()
-    main_brand = np.where(complement & (query_brand[source] >= 0), query_brand[source], rng.integers(0, _N_HEAD, n))
-    fits = [_FITS[locale][k].format(name=m, brand=b) if accessory else "" for accessory, m, b, k in
-            zip((types % 4 >= 2).tolist(), main_name, _brand_names(main_brand, locale), rng.integers(0, 2, n).tolist())]
 
-    # mentions: wrong candidates like to repeat the query, right ones mention anything
-    repeat = rng.random(n) < np.array([.0, .55, .5, .65])[products.wanted]
-    mention_of = np.where(repeat, source, rng.integers(0, len(query_texts), n)).tolist()
+def _what_it_fits(rng: np.random.Generator, locale: str, products: _Products,
+                  query: dict[str, np.ndarray]) -> list[str]:
+    "What an accessory says it fits ('' for the rest), and the motif that makes some wrong products look right."
+    names, n, source, wanted = lexicon(locale).names, len(products.types), products.source, products.wanted
+    asked, asked_name, asked_brand = query["types"][source], query["name"][source], query["wishes"][source, _BRAND]
+    complement = (wanted == 2) & (asked % 4 < 2)                # then it names the very thing that was asked for
+    main = np.where(complement, asked, products.types - products.types % 4 + rng.integers(0, 2, n))
+    main_name = names[main, np.where(complement, asked_name, rng.integers(0, 2, n))].tolist()
+    brand = _brand_names(np.where(complement & (asked_brand >= 0), asked_brand, rng.integers(0, _N_HEAD, n)), locale)
+    motif = ((wanted == 3) & (rng.random(n) < .35)).tolist()
+    return [" ".join(([_FITS[locale][k].format(name=m, brand=b)] if accessory else [])
+                     + ([_MOTIF[locale].format(word)] if has_motif else []))
+            for accessory, m, b, k, has_motif, word in
+            zip((products.types % 4 >= 2).tolist(), main_name, brand, rng.integers(0, 2, n).tolist(), motif,
+                names[asked, asked_name].tolist())]
+
+
+def _mentions(rng: np.random.Generator, locale: str, products: _Products, query_texts: list[str]) -> list[str]:
+    "A sentence that mentions a query: wrong candidates like to repeat their own, right ones name any other."
+    n = len(products.types)
+    repeat = rng.random(n) < np.array([.0, .65, .6, .75])[products.wanted]
+    first = np.where(repeat, products.source, rng.integers(0, len(query_texts), n)).tolist()
     second = rng.integers(0, len(query_texts), n).tolist()
-    stuffing = [_MENTIONS[locale][k].format(mention=query_texts[i], mention2=query_texts[j]) for k, i, j in
-                zip(rng.integers(0, 4, n).tolist(), mention_of, second)]
-    stuffed = rng.random(n)
+    return [_MENTIONS[locale][k].format(mention=query_texts[i], mention2=query_texts[j])
+            for k, i, j in zip(rng.integers(0, 4, n).tolist(), first, second)]
 
-    brief = (rng.random(n) < .3) & ~blank_bullets
-    say_colour = (blank_colour | (rng.random(n) < .7)).tolist()
-    say_brand = (blank_brand | (rng.random(n) < .8)).tolist()
-    titles = [(_BRIEF_TITLES[locale][k % 2] if short else _TITLES[locale][k]).format(
-                  brand=b if sb else "", name=nm, colour=c if sc else "", size=s, material=m, feature=f, audience=a, fits=x)
-              for k, short, b, sb, nm, c, sc, s, m, f, a, x in
-              zip(rng.integers(0, 4, n).tolist(), brief.tolist(), brand, say_brand, name, colour, say_colour, size, material,
-                  feature, audience, fits)]
-    titles = [" ".join(t.replace(" ,", ",").replace(",,", ",").replace("【】", "").split()).strip("|,- ") for t in titles]
-    pool, line, spec = _BULLETS[locale], rng.integers(0, 8, (n, 3)).tolist(), _SPECS[locale]
-    bullets = [None if blank else "\n".join([spec.format(size=s, material=m, feature=f, audience=a), pool[i].format(brand=b)]
-                                            + ([pool[j].format(brand=b)] if j > 3 else []) + ([stuff] if where < .5 else [pool[k].format(brand=b)]))
-               for blank, s, m, f, a, b, (i, j, k), stuff, where in
-               zip(blank_bullets.tolist(), size, material, feature, audience, brand, line, stuffing, stuffed.tolist())]
-    openers, middles = _OPENERS[locale], _MIDDLES[locale]
-    gap = "" if locale == "jp" else " "
-    pick = rng.integers(0, 5, (n, 3)).tolist()
-    descriptions = ["" if blank else gap.join([openers[i].format(name=nm, brand=b), middles[j].format(feature=f, colour=c, material=m),
-                                               middles[k].format(feature=f, colour=c, material=m)] + ([stuff] if where > .3 else []))
-                    for blank, nm, b, f, c, m, (i, j, k), stuff, where in
-                    zip(blank_description.tolist(), name, brand, feature, colour, material, pick, stuffing, stuffed.tolist())]
-    descriptions = _decorate(rng, descriptions, locale, long=True)
-    return {"product_title": _decorate(rng, titles, locale, long=False),
-            "product_description": [text or None for text in descriptions],
-            "product_bullet_point": bullets,
-            "product_brand": [None if blank else b for blank, b in zip(blank_brand.tolist(), brand)],
-            "product_color": [None if blank else c for blank, c in zip(blank_colour.tolist(), colour)]}
+
+def _titles(rng: np.random.Generator, locale: str, words: dict[str, list[str]], brief: np.ndarray,
+            say_colour: np.ndarray, say_brand: np.ndarray) -> list[str]:
+    "Titles from templates: all traits, or (where `brief`) only name, brand and colour; the last two only where said."
+    order = rng.integers(0, 4, len(brief)).tolist()
+    full, short, by = _TITLES[locale], _BRIEF_TITLES[locale], _BY[locale]
+    titles = [(short[k % 2] if is_brief else full[k]).format(
+                  brand=b if brand_too else "", by=by.format(b) if brand_too else "", name=name,
+                  colour=c if colour_too else "", size=s, material=m, feature=f, audience=a, fits=fits)
+              for k, is_brief, colour_too, brand_too, b, name, c, s, m, f, a, fits in
+              zip(order, brief.tolist(), say_colour.tolist(), say_brand.tolist(), *(words[key] for key in (
+                  "brand", "name", "colour", "size", "material", "feature", "audience", "fits")))]
+    return [" ".join(title.split()).replace(" ,", ",").replace(",,", ",").strip("|,- ") for title in titles]
+
+
+def _bullets(rng: np.random.Generator, locale: str, words: dict[str, list[str]], with_mention: np.ndarray) -> list[str]:
+    "Bullet points, a line each: the traits first, then small talk, then perhaps the mention."
+    n, pool, gap = len(with_mention), _BULLETS[locale], _SPEC_GAP[locale]
+    first = rng.integers(0, 8, n)
+    second, length = (first + rng.integers(1, 8, n)) % 8, rng.integers(1, 3, n)
+    return ["\n".join([gap.join((s, m, f, a) if a else (s, m, f)), pool[i].format(brand=b)]
+                      + ([pool[j].format(brand=b)] if more == 2 else []) + ([mention] if mentions else []))
+            for s, m, f, a, b, mention, i, j, more, mentions in
+            zip(*(words[key] for key in ("size", "material", "feature", "audience", "brand", "mention")),
+                first.tolist(), second.tolist(), length.tolist(), with_mention.tolist())]
+
+
+def _descriptions(rng: np.random.Generator, locale: str, words: dict[str, list[str]],
+                  with_mention: np.ndarray) -> list[str]:
+    "Descriptions of three sentences, and perhaps the mention."
+    n, openers, middles, gap = len(with_mention), _OPENERS[locale], _MIDDLES[locale], "" if locale == "jp" else " "
+    first = rng.integers(0, 5, n)
+    second = (first + rng.integers(1, 5, n)) % 5
+    return [gap.join([openers[o].format(name=name, brand=b), middles[i].format(feature=f, colour=c, material=m),
+                      middles[j].format(feature=f, colour=c, material=m)] + ([mention] if mentions else []))
+            for name, b, f, c, m, mention, o, i, j, mentions in
+            zip(*(words[key] for key in ("name", "brand", "feature", "colour", "material", "mention")),
+                rng.integers(0, 5, n).tolist(), first.tolist(), second.tolist(), with_mention.tolist())]
+
+
+def _product_texts(rng: np.random.Generator, locale: str, products: _Products, query: dict[str, np.ndarray],
+                   query_texts: list[str]) -> dict[str, list[str | None]]:
+    "The five text columns of latent products; blank texts are None."
+    lex, types, traits, n = lexicon(locale), products.types, products.traits, len(products.types)
+    department = lex.department[types]
+    blank_brand, blank_bullets, blank_colour, blank_description = (rng.random(n) < share for share in _BLANK[locale])
+    # wrong candidates tend to use the query's own name of the type, right ones the synonym
+    like_query = rng.random(n) < np.array([.35, .65, .5, .5])[products.wanted]
+    name = np.where(like_query, query["name"][products.source], 1 - query["name"][products.source])
+    words = {"name": lex.names[types, name].tolist(), "brand": _brand_names(traits[:, _BRAND], locale),
+             "colour": _colour_names(rng, locale, traits[:, _COLOUR]),
+             "size": _lookup(lex.sizes, department, traits[:, _SIZE]),
+             "material": _lookup(lex.materials, department, traits[:, _MATERIAL]),
+             "audience": _lookup(lex.audiences, traits[:, _AUDIENCE]),
+             "feature": _lookup(lex.features, department, traits[:, _FEATURE]),
+             "fits": _what_it_fits(rng, locale, products, query),
+             "mention": _mentions(rng, locale, products, query_texts)}
+    brief = (rng.random(n) < .3) & ~blank_bullets                          # what a title leaves out, the bullets say
+    titles = _titles(rng, locale, words, brief, blank_colour | (rng.random(n) < .7), blank_brand | (rng.random(n) < .8))
+    stuffed = rng.random(n)
+    bullets = _bullets(rng, locale, words, stuffed < .6)
+    descriptions = _decorate(rng, _descriptions(rng, locale, words, stuffed > .2), .30, long=True)
+    keep = lambda texts, blank: [None if is_blank else text for text, is_blank in zip(texts, blank.tolist())]
+    return {"product_title": _decorate(rng, titles, .05, long=False),
+            "product_description": keep(descriptions, blank_description),
+            "product_bullet_point": keep(bullets, blank_bullets), "product_brand": keep(words["brand"], blank_brand),
+            "product_color": keep(words["colour"], blank_colour)}
 
 
 _DIGITS = np.array(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
@@ -595,153 +668,192 @@ def _product_ids(numbers: np.ndarray) -> list[str]:
     digits[:, 0] = numbers % 7
     return ["B0" + row for row in np.ascontiguousarray(_DIGITS[digits]).view("<U8").ravel().tolist()]
 
-# %% ../nbs/01_sample.ipynb #fcc9cfc2
-_REUSE = np.array([.42, .42, .42, .5])     # share of slots, by label, that look for an existing product first
+# %% ../nbs/01_sample.ipynb #b429b09b
+# share of slots that look for an existing product first: gives the released number of products per locale
+_REUSE = {"us": .80, "es": .70, "jp": .64}
 
 
-def _block(rng: np.random.Generator, locale: str, block: int, cell: np.ndarray, seen_text: set, seen_wish: dict) -> dict:
-    "One block of a locale: latent queries and products, judgement slots and all texts. `cell` (n,) indexes `_cells(locale)`."
-    cells, n = _cells(locale), len(cell)
-    local_brands = _first_local_brand(block) + np.arange(min(8, n // 8))
-    is_small = np.array([c[1] for c in cells])[cell]
-    split = np.array([c[0] for c in cells], dtype=object)[cell]
+def _draw_unique_queries(rng: np.random.Generator, locale: str, split: np.ndarray, local_brands: np.ndarray,
+                         seen_text: set, seen_wish: dict) -> tuple[dict[str, np.ndarray], list[str]]:
+    "Queries of a block: no text twice in the locale, and no wish list in both splits (as far as 40 redraws get)."
+    n = len(split)
     types, wishes, name = _draw_queries(rng, n, local_brands)
     texts = _query_texts(rng, locale, types, wishes, name)
-    for attempt in range(40):      # no text twice; no wish in both splits
-        bad = []
-        for i, key in enumerate(zip(types.tolist(), map(tuple, wishes.tolist()))):
-            if attempt and i not in pending: continue
-            if texts[i] in seen_text or seen_wish.setdefault(key, split[i]) != split[i]: bad.append(i)
-            else: seen_text.add(texts[i])
-        if not bad: break
-        pending = set(bad)
-        types[bad], wishes[bad], name[bad] = _draw_queries(rng, len(bad), local_brands)
-        for i, text in zip(bad, _query_texts(rng, locale, types[bad], wishes[bad], name[bad])): texts[i] = text
+    pending = range(n)
+    for _ in range(40):
+        clashes = []
+        for i in pending:
+            if texts[i] in seen_text or seen_wish.setdefault((types[i], *wishes[i]), split[i]) != split[i]:
+                clashes.append(i)
+            else:
+                seen_text.add(texts[i])
+        if not clashes: break
+        types[clashes], wishes[clashes], name[clashes] = _draw_queries(rng, len(clashes), local_brands)
+        new = _query_texts(rng, locale, types[clashes], wishes[clashes], name[clashes])
+        for i, text in zip(clashes, new):
+            texts[i] = text
+        pending = clashes
+    return {"types": types, "wishes": wishes, "name": name}, texts
 
-    depths = _draw_depths(rng, np.array([c[3] for c in cells])[cell])
+
+def _block(rng: np.random.Generator, locale: str, block: int, cell: np.ndarray, seen_text: set,
+           seen_wish: dict) -> dict:
+    "One block of a locale: latent queries and products, judgements, texts. `cell` (n,) indexes `_cells(locale)`."
+    cells, n = _cells(locale), len(cell)
+    is_small = np.array([small for _, small, _, _ in cells])[cell]
+    split = np.array([split for split, _, _, _ in cells], dtype=object)[cell]
+    first_brand = _N_HEAD + block * _BRANDS_PER_BLOCK
+    local_brands = first_brand + np.arange(min(6, n // 40))
+    query, texts = _draw_unique_queries(rng, locale, split, local_brands, seen_text, seen_wish)
+    types, wishes = query["types"], query["wishes"]
+
+    depths = _draw_depths(rng, np.array([depth for _, _, _, depth in cells])[cell])
     counts = np.zeros((n, 4), dtype=np.int64)
     for group, target in ((is_small, _SMALL_SHARES), (~is_small, _large_only_shares())):
         counts[group] = _draw_label_counts(rng, depths[group], target)
     barren = counts[:, :3].sum(axis=1) == 0
-    counts[barren, 0], counts[barren, 3] = 1, counts[barren, 3] - 1      # every list has something to find
+    counts[barren, 0], counts[barren, 3] = 1, counts[barren, 3] - 1       # every list has something to find
     source, wanted = np.repeat(np.arange(n), depths), np.repeat(np.tile(np.arange(4), n), counts.ravel())
-    stuck = (wanted == 1) & (types[source] % 4 >= 2) & (wishes[source] < 0).all(axis=1)
-    wanted[stuck] = 0                                                     # a wishless accessory has no substitute
 
-    later = rng.random(len(source)) < _REUSE[wanted]
-    if later.all(): later[:] = False
+    later = rng.random(len(source)) < _REUSE[locale]
+    later[0] = False
+    unwanted = lambda made: np.where(made.wanted == 1, wishes[made.source, _BRAND], -1)
     first = _make_products(rng, types, wishes, source[~later], wanted[~later])
-    _fill_brands(rng, first.traits, np.where(first.wanted == 1, wishes[first.source, _BRAND], -9), block)
+    _fill_brands(rng, first.traits, unwanted(first), first_brand, 600, heads_among=block == 0)
     found = _reuse(rng, types, wishes, source[later], wanted[later], first)
-    second = _make_products(rng, types, wishes, source[later][found < 0], wanted[later][found < 0])
-    free = second.traits[:, _BRAND] < 0
-    second.traits[free, _BRAND] = rng.integers(0, _N_HEAD, free.sum())
-    products = _Products(*(np.concatenate([getattr(first, f), getattr(second, f)]) for f in ("types", "traits", "source", "wanted")))
+    missing = found < 0
+    second = _make_products(rng, types, wishes, source[later][missing], wanted[later][missing])
+    _fill_brands(rng, second.traits, unwanted(second), first_brand + 600, 300, heads_among=False)
+    products = _Products(*(np.concatenate([getattr(first, column.name), getattr(second, column.name)])
+                           for column in fields(_Products)))
+    found[missing] = len(first.types) + np.arange(missing.sum())
     slot = np.empty(len(source), dtype=np.int64)
-    slot[~later] = np.arange(len(first.types))
-    found[found < 0] = len(first.types) + np.arange((found < 0).sum())
-    slot[later] = found
+    slot[~later], slot[later] = np.arange(len(first.types)), found
 
     label = true_label(types[source], wishes[source], products.types[slot], products.traits[slot])
-    noise_shares = np.where(is_small[source][:, None], _SMALL_SHARES, _large_only_shares()).cumsum(axis=1)
-    random_label = np.minimum((rng.random((len(source), 1)) > noise_shares).sum(axis=1), 3)
-    shown = np.where(rng.random(len(source)) < _NOISE, random_label, label)
+    shares = np.where(is_small[source][:, None], _SMALL_SHARES, _large_only_shares()).cumsum(axis=1)
+    random_label = np.minimum((rng.random((len(source), 1)) > shares).sum(axis=1), 3)
+    noisy = rng.random(len(source)) < _NOISE
     order = np.lexsort((rng.random(len(source)), source))
-    return {"texts": texts, "types": types, "wishes": wishes, "split": split, "small": is_small, "source": source[order],
-            "slot": slot[order], "label": shown[order], "true": label[order], "products": products,
-            "product_texts": _product_texts(rng, locale, products, texts, types, name, wishes[:, _BRAND])}
+    return {"texts": texts, **query, "split": split, "small": is_small, "source": source[order], "slot": slot[order],
+            "label": np.where(noisy, random_label, label)[order], "noisy": noisy[order], "products": products,
+            "product_texts": _product_texts(rng, locale, products, query, texts)}
 
 
 def _dirty_queries(rng: np.random.Generator, texts: list[str]) -> list[str]:
     "A few queries shout, have odd spaces or an emoji."
     kind = np.where(rng.random(len(texts)) < .04, rng.integers(0, 3, len(texts)), 3).tolist()
-    return [t.upper() if k == 0 else t.replace(" ", "  ", 1) + " " if k == 1 else t + " 🎁" if k == 2 else t for t, k in zip(texts, kind)]
+    return [text.upper() if k == 0 else text.replace(" ", "  ", 1) + " " if k == 1 else text + " 🎁" if k == 2 else text
+            for text, k in zip(texts, kind)]
+
+
+_DTYPES = {name: "int64" if name in ("example_id", "query_id", "small_version", "large_version") else "str"
+           for name in EXAMPLE_COLUMNS}
+
+
+def _cell_sizes(locale: str, scale: float) -> np.ndarray:
+    "How many queries each of `_cells(locale)` gets at a scale, at least two."
+    if not 0 < scale <= 1:
+        raise InputError(f"scale must be above 0 and at most 1 (the full size), not {scale}: try 0.006.")
+    return np.array([max(2, round(n_queries * scale)) for _, _, n_queries, _ in _cells(locale)])
 
 
 def _blocks(scale: float, seed: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    "Examples and products, block by block."
-    if not 0 < scale <= 1: raise InputError(f"scale must be above 0 and at most 1 (full size), got {scale}: try 0.006.")
+    "Examples and products in the released columns, block by block; blank text is None."
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, not {seed}: try 42.")
     query_id = example_id = 0
-    us_sizes = []
+    us_blocks = []                                    # number of the first product, number of products
     for locale_number, locale in enumerate(LOCALES):
-        rng = np.random.default_rng([seed, locale_number])
-        counts = [max(2, round(cell[2] * scale)) for cell in _cells(locale)]
-        cell = rng.permutation(np.repeat(np.arange(4), counts))
-        seen_text, seen_wish, number = set(), {}, 0
+        cells = np.repeat(np.arange(4), _cell_sizes(locale, scale))
+        cell = np.random.default_rng([seed, locale_number]).permutation(cells)
+        seen_text, seen_wish, n_before = set(), {}, 0
         for block, start in enumerate(range(0, len(cell), _BLOCK)):
             rng = np.random.default_rng([seed, locale_number, block])
             made = _block(rng, locale, block, cell[start:start + _BLOCK], seen_text, seen_wish)
             n_products = len(made["products"].types)
-            own = locale_number * 10_000_000 + number + np.arange(n_products)
-            if locale == "us": us_sizes.append((number, n_products))
-            else:           # a few ids are those of us products: odd ones for es, even ones for jp
-                first, size = us_sizes[min(block, len(us_sizes) - 1)]
+            number = locale_number * 10_000_000 + n_before + np.arange(n_products)
+            if locale == "us":
+                us_blocks.append((n_before, n_products))
+            elif block < len(us_blocks):              # a few ids are those of us products: odd for es, even for jp
+                first, size = us_blocks[block]
                 n_shared = min(int(n_products * _SHARED_ID[locale] + rng.random()), size // 2)
-                if block < len(us_sizes):
-                    own[rng.choice(n_products, n_shared, replace=False)] = \
-                        first + 2 * rng.choice(size // 2, n_shared, replace=False) + (locale == "es")
-            number += n_products
-            ids = np.array(_product_ids(own), dtype=object)
+                number[rng.choice(n_products, n_shared, replace=False)] = \
+                    first + 2 * rng.choice(size // 2, n_shared, replace=False) + (locale == "es")
+            n_before += n_products
+            ids = np.array(_product_ids(number), dtype=object)
             source, queries = made["source"], np.array(_dirty_queries(rng, made["texts"]), dtype=object)
             examples = pd.DataFrame({
-                "example_id": example_id + np.arange(len(source)), "query": queries[source], "query_id": query_id + source,
-                "product_id": ids[made["slot"]], "product_locale": locale, "esci_label": np.array(LABELS, dtype=object)[made["label"]],
-                "small_version": made["small"][source].astype(np.int64), "large_version": 1, "split": made["split"][source]})
+                "example_id": example_id + np.arange(len(source)), "query": queries[source],
+                "query_id": query_id + source, "product_id": ids[made["slot"]], "product_locale": locale,
+                "esci_label": np.array(LABELS, dtype=object)[made["label"]],
+                "small_version": made["small"][source].astype(np.int64), "large_version": 1,
+                "split": made["split"][source]})
             products = pd.DataFrame({"product_id": ids, **made["product_texts"], "product_locale": locale})
             query_id, example_id = query_id + len(queries), example_id + len(source)
-            yield examples, products
+            yield examples.astype(_DTYPES), products.astype("str")
 
-# %% ../nbs/01_sample.ipynb #427c66ea
-_FULL_BYTES = 900_000_000          # measured at scale 0.05 and scaled up, with a margin
+# %% ../nbs/01_sample.ipynb #90f6b68a
+_FULL_BYTES = 180_000_000          # 144 MB by measurement at scale 0.05, and a margin
+
+
+def _schema(columns: tuple[str, ...]) -> pa.Schema:
+    "Arrow types of the released files: whole numbers and text."
+    return pa.schema([(name, pa.int64() if _DTYPES.get(name) == "int64" else pa.string()) for name in columns])
+
+
+def _chunks(blocks: Iterator[tuple[pd.DataFrame, pd.DataFrame]],
+            n_queries: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    "Blocks joined into chunks of about `n_queries` queries."
+    waiting, n_waiting = [], 0
+    for block in blocks:
+        waiting.append(block)
+        n_waiting += block[0]["query_id"].nunique()
+        if n_waiting >= n_queries:
+            yield tuple(pd.concat(frames, ignore_index=True) for frames in zip(*waiting))
+            waiting, n_waiting = [], 0
+    if waiting:
+        yield tuple(pd.concat(frames, ignore_index=True) for frames in zip(*waiting))
 
 
 def make_sample(scale: float = 0.006, seed: int = 42) -> Esci:
-    """An ESCI-shaped data set in memory, in the released columns; the same arguments give the same rows.
+    """An ESCI-shaped data set in memory, as `data.load` returns it (blank text is ''); equal arguments, equal rows.
 
-    `scale` 1.0 is the full size: 130,652 queries, 2.62 M judgements, 1.8 M products; the default has some 780 queries.
-    Missing texts are None. Raises `InputError` for a scale outside (0, 1]. [own]
+    `scale` 1.0 is the full size: 130,652 queries, 2.6 million judgements, 1.8 million products (use `write_sample` for
+    that); the default has 785 queries. Raises `InputError` for a scale outside (0, 1] or a negative seed. [own]
     """
     examples, products = zip(*_blocks(scale, seed))
-    return Esci(pd.concat(examples, ignore_index=True), pd.concat(products, ignore_index=True))
+    return Esci(pd.concat(examples, ignore_index=True), pd.concat(products, ignore_index=True).fillna(""))
 
 
-def write_sample(folder: str | Path, scale: float = 1.0, seed: int = 42, queries_per_chunk: int = 2048) -> tuple[Path, Path]:
-    """Write the rows of `make_sample(scale, seed)` as the two released parquet files, in bounded memory; returns their paths.
+def write_sample(folder: str | Path, scale: float = 1.0, seed: int = 42,
+                 queries_per_chunk: int = 2048) -> tuple[Path, Path]:
+    """Write the rows of `make_sample(scale, seed)` as the two released parquet files, in bounded memory.
 
-    `queries_per_chunk` queries are held at a time (at least 256; it does not change the rows). The files appear by rename, complete or not at all.
-    Raises `InputError` for a scale outside (0, 1] or a disk that is too full.
+    About `queries_per_chunk` queries are held at a time, which does not change the rows. Blank text is null, as in the
+    released files. The files appear by rename, whole or not at all. Returns their paths. Raises `InputError` for a
+    scale outside (0, 1], a negative seed or a disk that is too full. [own]
     """
     folder = Path(folder)
+    total = sum(_cell_sizes(locale, scale).sum() for locale in LOCALES)
     folder.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(folder).free, int(_FULL_BYTES * scale) + 1_000_000
     if free < needed:
-        raise InputError(f"{folder} has {free / 1e6:,.0f} MB free but scale {scale} needs about {needed / 1e6:,.0f} MB: "
-                         "free some space, or choose a smaller scale or another folder.")
+        raise InputError(f"{folder} has {free / 1e6:,.0f} MB free but scale {scale} needs about {needed / 1e6:,.0f} "
+                         "MB: free some space, or choose a smaller scale or another folder.")
     targets = [folder / EXAMPLES_FILE, folder / PRODUCTS_FILE]
     parts = [target.with_name(target.name + ".part") for target in targets]
-    writers, waiting, n_waiting = [None, None], [[], []], 0
-
-    def flush() -> None:
-        for which in (0, 1):
-            table = pa.Table.from_pandas(pd.concat(waiting[which], ignore_index=True), preserve_index=False)
-            if writers[which] is None: writers[which] = pq.ParquetWriter(parts[which], table.schema, compression="zstd")
-            writers[which].write_table(table.cast(writers[which].schema))
-            waiting[which].clear()
-
-    total = sum(max(2, round(cell[2] * scale)) for locale in LOCALES for cell in _cells(locale))
     try:
-        with tqdm(total=total, unit="query", desc="sample") as bar:
-            for tables in _blocks(scale, seed):
-                for which in (0, 1): waiting[which].append(tables[which])
-                n_queries = tables[0].query_id.nunique()
-                n_waiting += n_queries
-                bar.update(n_queries)
-                if n_waiting >= queries_per_chunk:
-                    flush()
-                    n_waiting = 0
-            if waiting[0]: flush()
-        for writer in writers: writer.close()
-        for part, target in zip(parts, targets): os.replace(part, target)
+        with (pq.ParquetWriter(parts[0], _schema(EXAMPLE_COLUMNS), compression="zstd") as examples_writer,
+              pq.ParquetWriter(parts[1], _schema(PRODUCT_COLUMNS), compression="zstd") as products_writer,
+              tqdm(total=int(total), unit=" queries", desc="sample", delay=3) as bar):
+            for examples, products in _chunks(_blocks(scale, seed), queries_per_chunk):
+                for writer, frame in ((examples_writer, examples), (products_writer, products)):
+                    writer.write_table(pa.Table.from_pandas(frame, schema=writer.schema, preserve_index=False))
+                bar.update(examples["query_id"].nunique())
+        for part, target in zip(parts, targets):
+            os.replace(part, target)
     finally:
-        for part in parts: part.unlink(missing_ok=True)
-    return tuple(targets)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return targets[0], targets[1]

@@ -19,12 +19,13 @@ from .metrics import GAINS
 
 PROB_COLUMNS = tuple(f"p_{label}" for label in LABELS)
 
-# %% ../nbs/14_submission.ipynb #dd12ed50
+# %% ../nbs/14_submission.ipynb #825774e8
 def _need_columns(frame: pd.DataFrame, columns: tuple[str, ...], what: str) -> None:
     "Refuse a frame without one of the columns."
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        raise InputError(f"{what} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
+        raise InputError(f"{what} lacks the column(s) {', '.join(missing)}; "
+                         f"it has {', '.join(map(str, frame.columns))}.")
 
 
 def ranking_score(probs: pd.DataFrame, gains: Mapping[str, float] = GAINS) -> np.ndarray:
@@ -37,17 +38,19 @@ def ranking_score(probs: pd.DataFrame, gains: Mapping[str, float] = GAINS) -> np
     bad = ~((matrix >= -1e-6) & (matrix <= 1 + 1e-2)).all(axis=1) | (np.abs(matrix.sum(axis=1) - 1) > 1e-2)
     if bad.any():
         first = int(bad.argmax())
-        raise InputError(f"{int(bad.sum())} of {len(matrix)} rows are no probabilities (each 0..1, sum 1), first at position "
-                         f"{first}: {np.round(matrix[first], 4).tolist()} in {'/'.join(PROB_COLUMNS)}; apply a softmax to logits.")
+        raise InputError(f"{int(bad.sum())} of {len(matrix)} rows are no probabilities (each 0..1, sum 1), first at "
+                         f"position {first}: {np.round(matrix[first], 4).tolist()} in {'/'.join(PROB_COLUMNS)}; "
+                         "apply a softmax to logits.")
     return matrix @ np.array([gains[label] for label in LABELS], dtype=np.float64)
 
-# %% ../nbs/14_submission.ipynb #4c530297
+# %% ../nbs/14_submission.ipynb #999c1060
 def rank(probs: pd.DataFrame) -> pd.DataFrame:
     """Order the candidates of each query from best to worst.
 
     `probs`: query_id, product_id and the four probabilities, one candidate per row.
     Returns the columns product_id, query_id: queries in order of first appearance, inside a query by descending
-    `ranking_score`, ties by product_id. Raises `InputError` as `ranking_score` does, and if a candidate occurs twice."""
+    `ranking_score`, ties by product_id. Raises `InputError` as `ranking_score` does, and for a missing id or a
+    candidate that occurs twice."""
     _need_columns(probs, ("query_id", "product_id"), "The table of probabilities")
     pairs = probs[["product_id", "query_id"]]
     missing = pairs.isna().any(axis=1)
@@ -84,7 +87,7 @@ def write_submission(probs: pd.DataFrame, path: str | Path) -> Path:
         unfinished.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/14_submission.ipynb #ec852c4f
+# %% ../nbs/14_submission.ipynb #9d9533a8
 def _read_pairs(path: Path) -> pd.DataFrame:
     "The product_id and query_id columns of a CSV as text; whatever cannot be read raises `InputError`."
     if not path.is_file():
@@ -92,10 +95,11 @@ def _read_pairs(path: Path) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None, index_col=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None,
+                                index_col=False)
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty: a submission has a header and one row per candidate.") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError, ValueError) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:
         reason = str(error).strip().rstrip(".").splitlines()[-1]
         raise InputError(f"{path} is not a UTF-8 CSV with the columns product_id,query_id ({reason}).") from None
     _need_columns(table, ("product_id", "query_id"), str(path))
@@ -108,9 +112,9 @@ def check_submission(path: str | Path, candidates: pd.DataFrame) -> dict[str, in
     """Does the file hold every candidate exactly once, and nothing else?
 
     `candidates`: query_id (integer), product_id. Columns of the file are read by name, in either order.
-    Returns the number of rows, queries, distinct products and interleaved_queries (their rows do not stand together; allowed).
-    Raises `InputError` with the first defect: not a file, empty, not a CSV, a column missing, query ids that are no integers,
-    blank product ids, duplicates, missing candidates, rows that are no candidates."""
+    Returns the number of rows, queries, distinct products and interleaved_queries (whose rows do not stand together;
+    allowed). Raises `InputError` with the first defect: not a file, empty, not a CSV, a column missing, query ids
+    that are no integers, blank product ids, duplicates, missing candidates, rows that are no candidates."""
     path = Path(path)
     _need_columns(candidates, ("query_id", "product_id"), "The table of candidates")
     pairs = _read_pairs(path)
@@ -126,8 +130,8 @@ def check_submission(path: str | Path, candidates: pd.DataFrame) -> dict[str, in
     pairs["query_id"] = pairs.query_id.astype("int64")
     twice = pairs.duplicated()
     if twice.any():
-        raise InputError(f"{path} holds {int(twice.sum())} candidates more than once, such as {_examples(pairs[twice])}: "
-                         "keep one row each.")
+        raise InputError(f"{path} holds {int(twice.sum())} candidates more than once, such as "
+                         f"{_examples(pairs[twice])}: keep one row each.")
 
     wanted = candidates[["product_id", "query_id"]].drop_duplicates()
     compared = wanted.astype({"product_id": str}).merge(pairs, how="outer", indicator="side")

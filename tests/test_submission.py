@@ -1,0 +1,123 @@
+"""The submission file: round trip, and one clear sentence for each way in which a file can be wrong."""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from esci_nb.data import InputError
+from esci_nb.metrics import GAINS_SWAPPED, gains_of, ndcg
+from esci_nb.submission import check_submission, rank, ranking_score, write_submission
+
+PRODUCT_IDS = ["B01", "0012", "NA", "null", 'a,"b"']
+GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
+
+
+@pytest.fixture
+def probs() -> pd.DataFrame:
+    "Two queries, with product ids that a careless reader would change."
+    frame = pd.DataFrame({"query_id": [7, 7, 7, 3, 3], "product_id": PRODUCT_IDS, "product_locale": "us"})
+    frame[["p_E", "p_S", "p_C", "p_I"]] = [[.9, .1, 0, 0], [.5, .3, .1, .1], [.1, .1, .1, .7],
+                                           [.8, .1, .1, 0], [0, 0, 0, 1]]
+    return frame
+
+
+def refusal(tmp_path: Path, content: str | bytes, probs: pd.DataFrame) -> str:
+    "The message for a file with this content: one sentence that names the file."
+    path = tmp_path / "submission.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as caught:
+        check_submission(path, probs[["query_id", "product_id"]])
+    message = str(caught.value)
+    assert "submission.csv" in message and "\n" not in message
+    return message
+
+
+def test_round_trip(tmp_path, probs):
+    path = write_submission(probs, tmp_path / "a" / "b" / "submission.csv")
+    assert path.read_text() == GOOD
+    assert [file.name for file in path.parent.iterdir()] == ["submission.csv"]
+    assert check_submission(path, probs) == {"rows": 5, "queries": 2, "products": 5, "interleaved_queries": 0}
+
+
+@pytest.mark.parametrize("content, interleaved", [
+    ('query_id,product_id\n7,B01\n7,0012\n7,NA\n3,null\n3,"a,""b"""\n', 0),                   # the other column order
+    ("\ufeff" + GOOD.replace("\n", "\r\n"), 0),                                               # as spreadsheets write it
+    ('rank,product_id,query_id\n1,B01,7\n1,null,3\n2,0012,7\n2,"a,""b""",3\n3,NA,7\n', 2),    # one more column, mixed
+])
+def test_harmless_variants(tmp_path, probs, content, interleaved):
+    path = tmp_path / "submission.csv"
+    path.write_text(content, newline="")
+    assert check_submission(path, probs)["interleaved_queries"] == interleaved
+
+
+@pytest.mark.parametrize("content, part", [
+    ("", "is empty"),
+    ("\n\n", "is empty"),
+    ("product_id,query_id\n", "no rows"),
+    (GOOD.replace("query_id", "query"), "lacks the column(s) query_id"),
+    (GOOD.replace(",", ";"), "lacks the column(s) product_id, query_id"),
+    (GOOD.replace("0012,7\n", ""), "lacks 1 of 5 candidates, such as product 0012 of query 7"),
+    (GOOD.replace("0012", "12"), "lacks 1 of 5 candidates, such as product 0012 of query 7"),
+    (GOOD.replace("null,3\n", ""), "lacks 1 of 5 candidates, such as product null of query 3"),
+    (GOOD + "B01,3\n", "1 rows that are no candidates, such as product B01 of query 3"),
+    (GOOD + "NA,7\nB01,7\n", "2 candidates more than once, such as product NA of query 7"),
+    (GOOD.replace("B01,7", "B01,7.0"), "no integers in 1 row(s), such as ['7.0']"),
+    (GOOD.replace("B01,7", "B01,seven"), "no integers in 1 row(s), such as ['seven']"),
+    (GOOD.replace("B01,7", "B01"), "no integers in 1 row(s), such as ['']"),
+    (GOOD.replace("B01,7", ",7"), "blank product_id in 1 row(s), first in data row 1"),
+    (GOOD.replace("B01,7", "B01,7,0.93"), "is not a UTF-8 CSV"),
+    (GOOD.replace("null,3", '"null,3'), "is not a UTF-8 CSV"),
+    (b"PAR1\x15\x04\x15\xff\xfe\x00PAR1", "is not a UTF-8 CSV"),
+    (b"PK\x03\x04\x14\x00\x00\x00", "lacks the column(s)"),
+])
+def test_defects(tmp_path, probs, content, part):
+    assert part in refusal(tmp_path, content, probs)
+
+
+def test_missing_file_and_folder(tmp_path, probs):
+    for path in (tmp_path / "no.csv", tmp_path):
+        with pytest.raises(InputError, match="is not a file"):
+            check_submission(path, probs)
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"p_I": np.nan}, "no probabilities"),
+    ({"p_I": 2.0}, "no probabilities"),
+    ({"p_E": -.5, "p_S": .5, "p_C": .5, "p_I": .5}, "no probabilities"),
+    ({"product_id": "B01"}, "more than once"),
+    ({"product_id": None}, "is missing"),
+])
+def test_bad_probabilities_write_nothing(tmp_path, probs, change, part):
+    path = tmp_path / "submission.csv"
+    path.write_text("old")
+    with pytest.raises(InputError, match=part):
+        write_submission(probs.assign(**change), path)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, probs, monkeypatch):
+    path = write_submission(probs, tmp_path / "submission.csv")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_submission(probs.iloc[::-1], path)
+    assert path.read_text() == GOOD and len(list(tmp_path.iterdir())) == 1
+
+
+def test_order_is_deterministic_and_best_by_expected_gain(probs):
+    assert rank(probs.iloc[[1, 0, 2, 4, 3]]).equals(rank(probs))
+    tied = probs.assign(p_E=.25, p_S=.25, p_C=.25, p_I=.25)
+    assert rank(tied).product_id.tolist() == ["0012", "B01", "NA", 'a,"b"', "null"]
+    assert ranking_score(probs)[1] == pytest.approx(.5 + .03 + .001)
+    assert ranking_score(probs, GAINS_SWAPPED)[1] == pytest.approx(.5 + .003 + .01)
+
+
+def test_the_file_scores_what_the_probabilities_score(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"query_id": np.repeat(np.arange(200), 20), "product_id": [f"P{n:05d}" for n in range(4_000)]})
+    frame[["p_E", "p_S", "p_C", "p_I"]] = rng.dirichlet(np.ones(4), len(frame))
+    frame["gain"] = gains_of(rng.choice(list("ESCI"), len(frame)))
+    direct = ndcg(frame.query_id, frame.gain, ranking_score(frame))
+    read = pd.read_csv(write_submission(frame, tmp_path / "s.csv")).merge(frame, on=["query_id", "product_id"])
+    through_file = ndcg(read.query_id, read.gain, -np.arange(len(read)))
+    pd.testing.assert_series_equal(direct, through_file)
