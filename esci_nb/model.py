@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .data import LABELS, InputError
 
-# %% ../nbs/07_model.ipynb #e3087a9b
+# %% ../nbs/07_model.ipynb #db8a7d52
 def _loading(name: str, what: str, load):
     "Call `load`; turn its failures into one sentence about the backbone `name`."
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -44,13 +44,17 @@ def load_tokenizer(name: str):
     return _loading(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
 
-def load_backbone(name: str) -> nn.Module:
-    "The encoder of a hub name or a local folder in fp32, without its pooler; safetensors only, no code from the hub."
+def load_backbone(name: str, dropout: float | None = None) -> nn.Module:
+    """The encoder of a hub name or a local folder in fp32, without its pooler; safetensors only, no code from the hub.
+
+    `dropout` replaces the hidden and attention dropout of its config; None keeps them.
+    """
+    changed = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a missing pooler or an unused MLM head is expected here
     try:
         return _encoder(_loading(name, "weights", lambda: AutoModel.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)))
+            name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **changed)))
     finally:
         logging.set_verbosity(verbosity)
 

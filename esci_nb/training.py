@@ -30,7 +30,7 @@ from .data import LABELS, TEXT_FIELDS, InputError
 from .encode import EncodedPairs, token_budget_batches
 from .model import CrossEncoder, load_backbone
 
-# %% ../nbs/10_training.ipynb #673a4bbb
+# %% ../nbs/10_training.ipynb #91af8796
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run computes. All values are plain; `RECIPES` holds the named ones. [own] where unsaid."""
@@ -42,6 +42,7 @@ class Recipe:
     max_length: int = 256                # tokens of a pair (peers: 112-512)
     pooling: str = "mean"                # cls, mean
     head_dropout: float = 0.1
+    backbone_dropout: float | None = None  # hidden and attention dropout of the backbone; None: as its config says
     label_smoothing: float = 0.0
     epochs: int = 2                      # (peers: 2-5)
     lr: float | None = None              # of the backbone; None: `default_lr` of its width
@@ -89,7 +90,7 @@ def make_recipe(name: str = "baseline", **overrides) -> Recipe:
         values[key] = value
     recipe = dataclasses.replace(RECIPES[name], **values)
     for key, low, high in (("fold", -1, 99), ("max_length", 8, 8192), ("epochs", 1, 100), ("batch_rows", 1, 1 << 16),
-                           ("batch_tokens", 8, 1 << 24), ("head_dropout", 0, 0.9), ("label_smoothing", 0, 0.9),
+                           ("batch_tokens", 8, 1 << 24), ("head_dropout", 0, 0.9), ("backbone_dropout", 0, 0.9), ("label_smoothing", 0, 0.9),
                            ("warmup", 0, 1), ("weight_decay", 0, 10), ("head_lr_factor", 0, 1e4), ("lr", 0, 1), ("seed", 0, 1 << 31)):
         value = getattr(recipe, key)
         if value is not None and not low <= value <= high:
@@ -145,7 +146,7 @@ def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch
     each = -(target * F.log_softmax(logits.float(), -1)).sum(-1)
     return (each * weight).sum() / weight.sum()
 
-# %% ../nbs/10_training.ipynb #c099a32c
+# %% ../nbs/10_training.ipynb #0e72634c
 class TrainPairs:
     "Encoded pairs with a target and a weight a row: the dataset of the trainer, one batch an item."
 
@@ -291,7 +292,7 @@ def fit(recipe: Recipe, pairs: EncodedPairs, positions: np.ndarray, target: np.n
     device = pick_device()
     precision = pick_precision(recipe.precision, device)
     set_seed(recipe.seed)
-    backbone = load_backbone(recipe.backbone)
+    backbone = load_backbone(recipe.backbone, recipe.backbone_dropout)
     longest = getattr(backbone.config, "max_position_embeddings", 0) or 0
     reserved = 2 if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     if longest > 0 and recipe.max_length > longest - reserved:
