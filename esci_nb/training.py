@@ -146,7 +146,7 @@ def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch
     each = -(target * F.log_softmax(logits.float(), -1)).sum(-1)
     return (each * weight).sum() / weight.sum()
 
-# %% ../nbs/10_training.ipynb #0e72634c
+# %% ../nbs/10_training.ipynb #a45c0391
 class TrainPairs:
     "Encoded pairs with a target and a weight a row: the dataset of the trainer, one batch an item."
 
@@ -243,8 +243,8 @@ class Progress(TrainerCallback):
             pairs = self.done[step - 1] - (self.done[self.first - 1] if self.first else 0)
             speed = pairs / (now - self.start)
             left = (self.done[-1] - self.done[step - 1]) / speed
-            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
-            print(f"{self.label}: step {step} of {state.max_steps}, loss {loss:.3f}, {speed:.0f} pairs/s, "
+            loss = [f"loss {entry['loss']:.3f}, " for entry in state.log_history if "loss" in entry]
+            print(f"{self.label}: step {step} of {state.max_steps}, {''.join(loss[-1:])}{speed:.0f} pairs/s, "
                   f"{left / 60:.1f} min left", flush=True)
             self.printed = now
         if now - self.saved >= self.save_every and step < state.max_steps:
@@ -293,6 +293,8 @@ def fit(recipe: Recipe, pairs: EncodedPairs, positions: np.ndarray, target: np.n
     precision = pick_precision(recipe.precision, device)
     set_seed(recipe.seed)
     backbone = load_backbone(recipe.backbone, recipe.backbone_dropout)
+    if device.type == "cpu":
+        backbone.set_attn_implementation("eager")  # on CPUs the fused attention's backward pass is the slower one
     longest = getattr(backbone.config, "max_position_embeddings", 0) or 0
     reserved = 2 if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     if longest > 0 and recipe.max_length > longest - reserved:
