@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub), values(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #a56fad67
+# %% ../nbs/17_cli.ipynb #3be90ba2
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -116,9 +116,9 @@ def _demo(arguments) -> None:
     print(f"\nNDCG on {shown['lists'].max()} {shown['part'].iloc[0]} lists of {arguments.data}, recipe {arguments.recipe}, "
           f"seed {arguments.seed}, {arguments.folds} folds; 95 % intervals over queries")
     print(f"{'system':<44} {'NDCG':>6}  {'interval':<14}  over BM25")
-    for row in shown.itertuples():
-        delta = "" if row.system == "BM25" else f"{row._8:+.4f} ({row.delta_low:+.4f} to {row.delta_high:+.4f})"
-        print(f"{row.system:<44} {row.ndcg:>6.4f}  {row.low:.4f}-{row.high:.4f}   {delta}")
+    for row in shown.to_dict("records"):
+        delta = "" if row["system"] == "BM25" else f"{row['over BM25']:+.4f} ({row['delta_low']:+.4f} to {row['delta_high']:+.4f})"
+        print(f"{row['system']:<44} {row['ndcg']:>6.4f}  {row['low']:.4f}-{row['high']:.4f}   {delta}")
     print(f"\nsubmission  {made.submission}\nreport      {made.report}\nruns        {made.runs[0].parent}")
 
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['peer_ndcg', 'ladder_table', 'measure']
 
-# %% ../nbs/18_ladder.ipynb #f51088f7
+# %% ../nbs/18_ladder.ipynb #4e58fa45
 import datetime
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def ladder_table(seeds: Mapping[str, pd.Series], mean_of_seeds: pd.Series, other
         table.append(row)
     return pd.DataFrame(table).sort_values("ndcg", ascending=False, ignore_index=True)
 
-# %% ../nbs/18_ladder.ipynb #3848b2db
+# %% ../nbs/18_ladder.ipynb #bd6b013c
 def measure(source: str, backbone: str, recipe: str, seeds: Sequence[int], peers: Mapping[str, str], to: Path,
             outputs: Path = OUTPUTS, **overrides) -> pd.DataFrame:
     "Train recipe x seeds x folds over all ranked lists of `source`, compare, write the table to `to` and return it."
@@ -73,14 +74,13 @@ def measure(source: str, backbone: str, recipe: str, seeds: Sequence[int], peers
     table = table.assign(
         data=f"{dataset.info['source'].rstrip('/').split('/')[-1]}, {len(dataset.rows):,} judgements",
         split=f"{dataset.n_folds}-fold over all ranked lists, by query", seeds=" ".join(map(str, seeds)),
-        backbone=Path(backbone).resolve().parent.name if Path(backbone).name == "model" else Path(backbone).name,
-        machine=f"{platform.machine()} CPU, 2 threads or fewer" if not _cuda() else _cuda(), date=str(datetime.date.today()),
+        backbone="/".join(Path(backbone).parts[-2:]), machine=_machine(), date=str(datetime.date.today()),
         command=f"esci-nb ladder DATA --backbone BACKBONE --recipe {recipe} --seeds {' '.join(map(str, seeds))} --set {settings}")
     with atomic(Path(to)) as partial:
         table.to_csv(partial, index=False, float_format="%.5f")
     return table
 
 
-def _cuda() -> str:
+def _machine() -> str:
     import torch
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"

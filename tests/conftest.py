@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> Path:
-    "The embedded sample at about a sixth of its size, as files in the official format."
+    "The embedded sample at a tenth of its size, as files in the official format."
     from esci_nb.sample import write_sample
     folder = tmp_path_factory.mktemp("tiny") / "files"
-    write_sample(folder, scale=0.001)
+    write_sample(folder, scale=0.0006)
     return folder

@@ -16,7 +16,8 @@ from esci_nb.cli import main
 from esci_nb.runs import grid, open_data, pipeline, preprocess, run_stage, small_backbone
 from esci_nb.submission import PROB_COLUMNS, check_submission
 
-QUICK = {"epochs": 1, "max_length": 32, "text_fields": "title"}
+QUICK = {"epochs": 1, "precision": "fp32", "max_length": 32, "text_fields": "title"}
+LONGER = QUICK | {"epochs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,9 @@ def test_second_call_does_nothing(made, tiny_files):
 
 def test_killed_run_is_finished_by_the_next_call(made):
     outputs = made.data.parents[1]
-    command = [sys.executable, "-c", "from esci_nb.cli import main; main()"]
     code = (f"from pathlib import Path; from esci_nb.runs import grid; grid(Path({str(made.data)!r}), [{made.backbone!r}], "
-            f"folds=[0], seeds=[7], outputs=Path({str(outputs)!r}), epochs=20, max_length=32, text_fields='title')")
-    process = subprocess.Popen([*command[:2], code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            f"folds=[0], seeds=[7], outputs=Path({str(outputs)!r}), **{LONGER!r})")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not (found := list(outputs.glob("runs/*-s7-*/config.json"))) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -84,7 +84,7 @@ def test_killed_run_is_finished_by_the_next_call(made):
     subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
     run = found[0].parent
     assert not (run / "DONE").exists()
-    assert grid(made.data, [made.backbone], folds=[0], seeds=[7], outputs=outputs, epochs=20, max_length=32, text_fields="title") == [run]
+    assert grid(made.data, [made.backbone], folds=[0], seeds=[7], outputs=outputs, **LONGER) == [run]
     assert (run / "DONE").exists() and (run / "oof.parquet").exists() and not list(run.glob(".*part"))
 
 
@@ -107,9 +107,27 @@ def test_commands_print_tables(made, tiny_files, capsys):
     assert main(["check-submission", str(made.submission), str(tiny_files)]) == 0
     outputs = made.data.parents[1]
     words = ["demo", "--data", str(tiny_files), "--folds", "2", "--outputs", str(outputs)]
-    assert main([*words, "--set", "epochs=1", "max_length=32", "text_fields=title"]) == 0
+    assert main([*words, "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]) == 0
     said = capsys.readouterr().out
     assert "over BM25" in said and "submission.csv" in said and "report.html" in said
+
+
+def test_competition_files_without_test_labels(tiny_files, tmp_path):
+    examples = pd.read_parquet(tiny_files / "shopping_queries_dataset_examples.parquet")
+    products = pd.read_parquet(tiny_files / "shopping_queries_dataset_products.parquet")
+    names = {"E": "exact", "S": "substitute", "C": "complement", "I": "irrelevant"}
+    lists = examples[examples["small_version"] == 1].rename(columns={"product_locale": "query_locale"})
+    lists = lists.assign(esci_label=lists["esci_label"].map(names))
+    columns = ["query_id", "query", "query_locale", "product_id"]
+    folder = tmp_path / "v0.3"
+    folder.mkdir()
+    lists[lists["split"] == "train"][[*columns, "esci_label"]].to_csv(folder / "train-v0.3.csv.zip", index=False)
+    lists[lists["split"] == "test"][columns].to_csv(folder / "test_public-v0.3.csv.zip", index=False)
+    products.rename(columns={"product_color": "product_color_name"}).to_csv(folder / "product_catalogue-v0.3.csv.zip", index=False)
+    made = pipeline(str(folder), n_folds=2, outputs=tmp_path / "outputs", **QUICK)
+    assert set(made.scores["part"]) == {"oof"}
+    wanted = examples[(examples["small_version"] == 1) & (examples["split"] == "test")]
+    assert check_submission(made.submission, wanted)["rows"] == len(wanted)
 
 
 def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
@@ -120,7 +138,7 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     rows.assign(score=np.random.default_rng(0).random(len(rows))).to_csv(tmp_path / "peer.csv", index=False)
     backbone = small_backbone(data, outputs=outputs)
     words = ["ladder", str(tiny_files), "--backbone", str(backbone), "--seeds", "42", "--peers", f"shuffled={tmp_path / 'peer.csv'}",
-             "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs), "--set", "epochs=1", "max_length=32", "text_fields=title"]
+             "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs), "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
     assert {"shuffled", "BM25", "random"} <= set(table["what"]) and (table["lists"] == table["lists"].iloc[0]).all()
