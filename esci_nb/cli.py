@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .data import InputError
 
-# %% ../nbs/17_cli.ipynb #b0a7fda5
+# %% ../nbs/17_cli.ipynb #e14ff461
 def parse_values(pairs: Sequence[str]) -> dict:
     "`name=value` words as a dict; values are JSON where they parse as JSON, otherwise text."
     values = {}
@@ -70,7 +70,6 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub), values(sub)
     sub = command("run", "Run one pipeline notebook; its parameters are given as name=value.")
     sub.add_argument("stage")
-    sub.add_argument("folder", type=Path, help="for the executed notebook and the DONE marker: the folder that the stage writes")
     values(sub, "parameters of the notebook")
     sub = command("check-submission", "Does a file hold every test candidate once and nothing else?")
     sub.add_argument("file", type=Path)
@@ -86,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub), values(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #3be90ba2
+# %% ../nbs/17_cli.ipynb #6dbbce5a
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -134,8 +133,8 @@ def _grid(arguments) -> None:
 
 
 def _run(arguments) -> None:
-    from esci_nb.runs import run_stage
-    print(run_stage(arguments.stage, arguments.folder, parse_values(arguments.values)))
+    from esci_nb.runs import run_by_name
+    print(run_by_name(arguments.stage, parse_values(arguments.values)))
 
 
 def _check_submission(arguments) -> None:

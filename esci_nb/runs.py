@@ -6,12 +6,13 @@
 __all__ = ['OUTPUTS', 'atomic', 'write_json', 'write_table', 'read_json', 'short_hash', 'DataFolder', 'data_path', 'save_data',
            'open_data', 'short_name', 'run_path', 'start_run', 'probability_table', 'mark_done', 'notebook_of',
            'check_parameters', 'run_stage', 'remove_empty', 'preprocess', 'small_backbone', 'train', 'grid', 'ensemble',
-           'submission', 'report', 'Pipeline', 'pipeline']
+           'submission', 'report', 'run_by_name', 'Pipeline', 'pipeline']
 
-# %% ../nbs/15_runs.ipynb #fb7f7c49
+# %% ../nbs/15_runs.ipynb #2d3c697e
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -344,6 +345,22 @@ def report(ensemble: Path, data: Path, outputs: Path = OUTPUTS) -> Path:
         with atomic(page) as partial:
             partial.write_text(html, encoding="utf-8")
     return page
+
+# %% ../nbs/15_runs.ipynb #9c10fea3
+def run_by_name(stage: str, parameters: dict) -> Path:
+    "Run one stage with parameters of its notebook; returns what it wrote."
+    from esci_nb.training import make_recipe
+    check_parameters(stage, parameters)
+    if stage == "train":
+        named = {name: parameters[name] for name in ("backbone", "fold", "seed") if name in parameters}
+        recipe = make_recipe(parameters.get("recipe", "baseline"), **named, **parameters.get("overrides", {}))
+        parameters = {"recipe": recipe} | {name: parameters[name] for name in ("data", "outputs") if name in parameters}
+    stages = {"preprocess": preprocess, "train": train, "ensemble": ensemble, "submission": submission, "report": report}
+    try:
+        call = inspect.signature(stages[stage]).bind(**parameters)
+    except TypeError as error:
+        raise InputError(f"The stage {stage} cannot run yet: {error}; add it.") from None
+    return stages[stage](*call.args, **call.kwargs)
 
 # %% ../nbs/15_runs.ipynb #17b0a6da
 @dataclass

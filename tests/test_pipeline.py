@@ -1,14 +1,12 @@
 """The whole way on a tiny sample through papermill: done, skipped, killed and resumed, failed."""
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -74,14 +72,15 @@ def test_killed_run_is_finished_by_the_next_call(made):
     outputs = made.data.parents[1]
     code = (f"from pathlib import Path; from esci_nb.runs import grid; grid(Path({str(made.data)!r}), [{made.backbone!r}], "
             f"folds=[0], seeds=[7], outputs=Path({str(outputs)!r}), **{LONGER!r})")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not (found := list(outputs.glob("runs/*-s7-*/config.json"))) and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
     process.wait()
-    subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
     run = found[0].parent
     assert not (run / "DONE").exists()
     assert grid(made.data, [made.backbone], folds=[0], seeds=[7], outputs=outputs, **LONGER) == [run]
