@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'SMALL_OVERRIDES', 'train_tokenizer', 'matching_encoder', 'build_small_backbone']
 
-# %% ../nbs/08_backbone.ipynb #a7e2eaa5
+# %% ../nbs/08_backbone.ipynb #0365b0d0
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+
+from .model import quiet
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -57,7 +59,7 @@ def matching_encoder(vocab_size: int, width: int = 128, layers: int = 2, heads: 
             nn.init.xavier_uniform_(layer.output.dense.weight)
     return model
 
-# %% ../nbs/08_backbone.ipynb #685f6a79
+# %% ../nbs/08_backbone.ipynb #6ea4ec42
 SMALL_OVERRIDES = {"lr": 5e-4, "epochs": 3, "max_length": 64, "precision": "fp32",
                    "text_fields": ("product_title", "product_brand", "product_color", "product_bullet_point")}
 
@@ -65,6 +67,7 @@ SMALL_OVERRIDES = {"lr": 5e-4, "epochs": 3, "max_length": 64, "precision": "fp32
 def build_small_backbone(texts: Iterable[str], folder: Path, seed: int = 42) -> Path:
     "Train a tokenizer on `texts`, build the matching encoder, save both into `folder` (safetensors); returns `folder`."
     tokenizer = train_tokenizer(texts)
-    matching_encoder(len(tokenizer), seed=seed).save_pretrained(folder)
+    with quiet():
+        matching_encoder(len(tokenizer), seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .data import InputError
 
-# %% ../nbs/06_encode.ipynb #0a75219e
+# %% ../nbs/06_encode.ipynb #605edf26
 @dataclass(frozen=True)
 class TokenStore:
     """Token ids of many texts, without special tokens: text `i` is `ids[offsets[i]:offsets[i + 1]]`.
@@ -55,7 +55,8 @@ def tokenize_texts(tokenizer, texts: Sequence[str], path: Path, max_tokens: int 
         lengths = np.zeros(len(texts), np.int64)
         partial = path.with_suffix(f".{os.getpid()}.part")
         with open(partial, "wb") as out:
-            for start in tqdm(range(0, len(texts), chunk), desc=f"tokenize {path.name}", unit_scale=chunk, leave=False):
+            for start in tqdm(range(0, len(texts), chunk), desc=f"tokenize {path.name}", unit_scale=chunk, leave=False,
+                              disable=len(texts) <= chunk):
                 encoded = tokenizer(list(texts[start:start + chunk]), add_special_tokens=False, truncation=True,
                                     max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False)
                 parts = encoded["input_ids"]
