@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .data import InputError
 
-# %% ../nbs/06_encode.ipynb #605edf26
+# %% ../nbs/06_encode.ipynb #9a0386b9
 @dataclass(frozen=True)
 class TokenStore:
     """Token ids of many texts, without special tokens: text `i` is `ids[offsets[i]:offsets[i + 1]]`.
@@ -42,7 +42,7 @@ class TokenStore:
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
 
-def tokenize_texts(tokenizer, texts: Sequence[str], path: Path, max_tokens: int = 512, chunk: int = 4096) -> TokenStore:
+def tokenize_texts(tokenizer, texts: Sequence[str], path: Path, max_tokens: int = 512, chunk: int = 16384) -> TokenStore:
     """Tokenise `texts` into `path`.bin and `path`.npy, or open them if they are there.
 
     Each text is cut at `max_tokens` tokens. Memory is bounded by `chunk` texts. The offsets are renamed into place last, so

@@ -181,7 +181,7 @@ def mark_done(path: Path) -> None:
     if "ESCI_NB_RUNNER" not in os.environ:
         (Path(path) / "DONE").touch()
 
-# %% ../nbs/15_runs.ipynb #d84a9835
+# %% ../nbs/15_runs.ipynb #5cdee330
 def notebook_of(stage: str) -> Path:
     "The pipeline notebook of a stage, found in the checkout."
     folder = Path(esci_nb.__file__).resolve().parent.parent / "nbs" / "pipeline"
@@ -226,7 +226,8 @@ def run_stage(stage: str, folder: Path, parameters: dict, live: bool = True) -> 
     try:
         papermill.execute_notebook(
             str(notebook_of(stage)), str(work / "notebook.ipynb"), parameters=parameters, progress_bar=False, cwd=os.getcwd(),
-            kernel_name="python3", stdout_file=sys.stdout if live else None)
+            kernel_name="python3", stdout_file=sys.stdout if live else None,
+            extra_arguments=["--IPKernelApp.log_level=40"])  # errors only
     except PapermillExecutionError as error:
         if error.ename == "InputError":
             remove_empty(folder)

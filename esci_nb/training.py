@@ -146,12 +146,12 @@ def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch
     each = -(target * F.log_softmax(logits.float(), -1)).sum(-1)
     return (each * weight).sum() / weight.sum()
 
-# %% ../nbs/10_training.ipynb #4d61654e
+# %% ../nbs/10_training.ipynb #f7fadde4
 class TrainPairs:
     "Encoded pairs with a target and a weight a row: the dataset of the trainer, one batch an item."
 
     def __init__(self, pairs: EncodedPairs, target: np.ndarray, weight: np.ndarray):
-        self.pairs, self.target, self.weight = pairs, torch.tensor(target), torch.tensor(weight)
+        self.pairs, self.target, self.weight = pairs, torch.tensor(np.array(target)), torch.tensor(np.array(weight))
 
     def __len__(self) -> int:
         return len(self.pairs)
