@@ -11,7 +11,7 @@ READY := .venv/.ready
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lab ladder readme clean
+.PHONY: demo test lab ladder bench readme clean
 .DEFAULT_GOAL := demo
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
@@ -38,6 +38,14 @@ lab: $(READY)  ## JupyterLab with the environment ready
 
 ladder: $(READY)  ## cross-validated scores of the baseline into nbs/results/ladder.csv
 	@$(BIN)/esci-nb ladder "$(DATA)" --backbone "$(BACKBONE)" $(ARGS)
+
+PEERS := .venv/.peers
+$(PEERS): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[peers]"
+	@touch $@
+
+bench: $(PEERS)  ## speed against the peers into nbs/results/bench.csv
+	@$(BIN)/esci-nb bench "$(DATA)" --backbone "$(BACKBONE)" $(ARGS)
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tests/readme.py

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .data import InputError
 
-# %% ../nbs/17_cli.ipynb #e14ff461
+# %% ../nbs/17_cli.ipynb #858b5aa2
 def parse_values(pairs: Sequence[str]) -> dict:
     "`name=value` words as a dict; values are JSON where they parse as JSON, otherwise text."
     values = {}
@@ -77,15 +77,25 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("ladder", "Cross-validated NDCG over all ranked lists, beside random, BM25 and other systems' scores.")
     sub.add_argument("source", help="a folder with ESCI files, or 'sample'")
     sub.add_argument("--backbone", required=True)
-    sub.add_argument("--recipe", default="baseline")
+    sub.add_argument("--recipes", nargs="+", default=["baseline"])
     sub.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    sub.add_argument("--zero-shot", action="store_true", help="also the backbone as it is, as a bi-encoder")
     sub.add_argument("--peers", nargs="*", default=[], metavar="name=scores.csv",
                      help="out-of-fold scores of other systems: query_id, product_id, product_locale, score")
     sub.add_argument("--to", type=Path, default=Path("nbs/results/ladder.csv"))
     outputs(sub), values(sub)
+    sub = command("bench", "Speed, as ratios against sentence-transformers and a plain loop in the same run.")
+    sub.add_argument("source", help="a folder with ESCI files, or 'sample'")
+    sub.add_argument("--backbone", default="", help="local folder; none: the MiniLM that the extra peers installs")
+    sub.add_argument("--shape", default="", help="instead: random weights in the shape of a known backbone")
+    sub.add_argument("--lengths", nargs="+", type=int, default=[128, 256], help="max lengths (128 256)")
+    sub.add_argument("--rows", type=int, default=128, help="pairs trained a round; four times as many are predicted (128)")
+    sub.add_argument("--rounds", type=int, default=5)
+    sub.add_argument("--to", type=Path, default=Path("nbs/results/bench.csv"))
+    outputs(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #6dbbce5a
+# %% ../nbs/17_cli.ipynb #26b7210b
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -147,9 +157,17 @@ def _check_submission(arguments) -> None:
 def _ladder(arguments) -> None:
     from esci_nb.ladder import measure
     peers = parse_values(arguments.peers)
-    table = measure(arguments.source, arguments.backbone, arguments.recipe, arguments.seeds, peers, arguments.to,
-                    arguments.outputs, **parse_values(arguments.values))
-    print(table.to_string(index=False))
+    table = measure(arguments.source, arguments.backbone, arguments.recipes, arguments.seeds, peers, arguments.to,
+                    arguments.zero_shot, arguments.outputs, **parse_values(arguments.values))
+    print(table[["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]].to_string(index=False))
+    print(arguments.to)
+
+
+def _bench(arguments) -> None:
+    from esci_nb.bench import run_bench
+    table = run_bench(arguments.source, arguments.backbone, arguments.shape, arguments.lengths, arguments.rows, arguments.rounds,
+                      arguments.to, arguments.outputs)
+    print(table[["what", "ours", "peer", "ratio", "low", "high", "goal", "unit"]].to_string(index=False))
     print(arguments.to)
 
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'atomic', 'write_json', 'write_table', 'read_json', 'short_hash', 'DataFolder', 'data_path', 'save_data',
-           'open_data', 'short_name', 'run_path', 'start_run', 'probability_table', 'mark_done', 'notebook_of',
-           'check_parameters', 'run_stage', 'remove_empty', 'preprocess', 'small_backbone', 'train', 'grid', 'ensemble',
-           'submission', 'report', 'run_by_name', 'Pipeline', 'pipeline']
+           'open_data', 'short_name', 'run_path', 'product_path', 'start_run', 'probability_table', 'mark_done',
+           'notebook_of', 'check_parameters', 'run_stage', 'remove_empty', 'preprocess', 'small_backbone', 'train',
+           'second_round', 'grid', 'ensemble', 'distill', 'pseudo_label', 'submission', 'report', 'run_by_name',
+           'Pipeline', 'pipeline']
 
 # %% ../nbs/15_runs.ipynb #2d3c697e
 import contextlib
@@ -142,7 +143,7 @@ def open_data(path: Path) -> DataFolder:
         raise InputError(f"The tables in {path} cannot be read; delete the folder and run preprocess again.") from error
     return DataFolder(path, *tables, read_json(path / "data.json"))
 
-# %% ../nbs/15_runs.ipynb #37e776c9
+# %% ../nbs/15_runs.ipynb #29db66a8
 def short_name(backbone: str) -> str:
     "The last part of a hub name or folder, fit for a file name."
     return "".join(c if c.isalnum() else "-" for c in Path(backbone).name).strip("-")[:32] or "none"
@@ -152,8 +153,14 @@ def run_path(recipe, data: Path, outputs: Path = OUTPUTS) -> Path:
     "outputs/runs/<recipe>-<backbone>-f<fold>-s<seed>-<hash>; the hash covers the recipe and the data folder's name."
     from esci_nb.training import recipe_hash
     fold = "all" if recipe.fold < 0 else recipe.fold
+    fold = f"{fold}t{recipe.teacher}" if recipe.teacher >= 0 else fold
     name = f"{recipe.name}-{short_name(recipe.backbone)}-f{fold}-s{recipe.seed}-{recipe_hash(recipe, Path(data).name)}"
     return Path(outputs) / "runs" / name
+
+
+def product_path(kind: str, name: str, runs: Sequence[Path], outputs: Path = OUTPUTS, *values) -> Path:
+    "outputs/<kind>/<name>-<hash>: the folder of what is made from several runs (ensembles, soft_labels, pseudo_labels)."
+    return Path(outputs) / kind / f"{name}-{short_hash(sorted(Path(run).name for run in runs), *values)}"
 
 
 def start_run(recipe, data: DataFolder, outputs: Path = OUTPUTS) -> Path:
@@ -161,7 +168,7 @@ def start_run(recipe, data: DataFolder, outputs: Path = OUTPUTS) -> Path:
     if recipe.fold >= data.n_folds:
         raise InputError(f"Fold {recipe.fold} does not exist: {data.path} has the folds 0 to {data.n_folds - 1} (and -1 for all).")
     path = run_path(recipe, data.path, outputs)
-    family = short_hash(dataclasses.asdict(dataclasses.replace(recipe, fold=0)))
+    family = short_hash(dataclasses.asdict(dataclasses.replace(recipe, fold=0, soft_labels="", pseudo_labels="")))
     write_json({"recipe": dataclasses.asdict(recipe), "data": data.name, "n_folds": data.n_folds, "family": family,
                 "version": esci_nb.__version__}, path / "config.json")
     return path
@@ -257,7 +264,7 @@ def remove_empty(folder: Path) -> None:
             break
         parent.rmdir()
 
-# %% ../nbs/15_runs.ipynb #0c147343
+# %% ../nbs/15_runs.ipynb #1c94e8d0
 def preprocess(source: str, n_folds: int = 3, over: str = "train", seed: int = 42, outputs: Path = OUTPUTS) -> Path:
     "Load, check, merge, clean and fold a data source (`sample` or a folder with ESCI files)."
     folder = data_path(source, outputs, n_folds=n_folds, over=over, seed=seed)
@@ -289,11 +296,39 @@ def train(recipe, data: Path, outputs: Path = OUTPUTS) -> Path:
                                        "outputs": str(outputs)})
 
 
+def second_round(recipe, data: Path, outputs: Path = OUTPUTS, **overrides):
+    """The recipe with its soft and pseudo labels filled in; trains the first round that they come from, unless it is done.
+
+    The teachers of fold k are three runs that leave out fold k and one teacher fold each. A final student (fold -1) learns from the
+    first round over all folds, or from three teachers where single pairs are in no fold.
+    """
+    from esci_nb.distill import N_TEACHERS
+    from esci_nb.training import make_recipe
+    shared = {key: value for key, value in overrides.items() if key not in ("distill_from", "pseudo_from", "soft_weight", "pseudo_weight")}
+    dataset = open_data(data)
+    every_fold = [{"fold": fold} for fold in range(dataset.n_folds)]
+
+    def first_round(name: str, parts: list[dict]) -> list[Path]:
+        return [train(make_recipe(name, backbone=recipe.backbone, seed=recipe.seed, **shared, **part), data, outputs) for part in parts]
+
+    soft, pseudo, teachers = "", "", []
+    if recipe.distill_from:
+        in_folds = (dataset.rows["fold"].iloc[dataset.train(-1)] >= 0).all()
+        bag = [{"fold": recipe.fold, "teacher": number} for number in range(N_TEACHERS)]
+        teachers = first_round(recipe.distill_from, every_fold if recipe.fold < 0 and in_folds else bag)
+        soft = str(distill(teachers, data, outputs=outputs))
+    if recipe.pseudo_from:
+        if recipe.pseudo_from != recipe.distill_from:
+            teachers = first_round(recipe.pseudo_from, every_fold if recipe.fold < 0 else [{"fold": recipe.fold}])
+        pseudo = str(pseudo_label(teachers, data, outputs=outputs))
+    return dataclasses.replace(recipe, soft_labels=soft, pseudo_labels=pseudo)
+
+
 def grid(data: Path, backbones: Sequence[str], recipes: Sequence[str] = ("baseline",), folds: Sequence[int] | None = None,
          seeds: Sequence[int] = (42,), outputs: Path = OUTPUTS, **overrides) -> list[Path]:
     """Train recipes x backbones x seeds x folds one after another; what is done is skipped.
 
-    All recipes, folds and backbones are checked before the first run starts. A run that fails does not stop the others;
+    A recipe with a second round trains its first round before.     All recipes, folds and backbones are checked before the first run starts. A run that fails does not stop the others;
     the failures are raised together at the end.
     """
     from esci_nb.encode import PairFrame
@@ -311,8 +346,10 @@ def grid(data: Path, backbones: Sequence[str], recipes: Sequence[str] = ("baseli
     done, failed = [], []
     bar = tqdm(wanted, desc="runs", unit="run")
     for recipe in bar:
-        bar.set_postfix_str(run_path(recipe, data, outputs).name)
+        bar.set_postfix_str(f"{recipe.name} fold {recipe.fold} seed {recipe.seed}")
         try:
+            if recipe.distill_from or recipe.pseudo_from:
+                recipe = second_round(recipe, data, outputs, **overrides)
             done.append(train(recipe, data, outputs))
         except RuntimeError as error:
             failed.append(str(error))
@@ -324,8 +361,22 @@ def grid(data: Path, backbones: Sequence[str], recipes: Sequence[str] = ("baseli
 
 def ensemble(runs: Sequence[Path], name: str = "mean", outputs: Path = OUTPUTS) -> Path:
     "Average finished runs."
-    folder = Path(outputs) / "ensembles" / f"{name}-{short_hash(sorted(Path(run).name for run in runs))}"
-    return run_stage("ensemble", folder, {"runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)})
+    return run_stage("ensemble", product_path("ensembles", name, runs, outputs),
+                     {"runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)})
+
+
+def distill(runs: Sequence[Path], data: Path, name: str = "soft", outputs: Path = OUTPUTS) -> Path:
+    "Soft labels from finished teachers."
+    return run_stage("distill", product_path("soft_labels", name, runs, outputs),
+                     {"data": str(data), "runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)})
+
+
+def pseudo_label(runs: Sequence[Path], data: Path, threshold: float = 0.7, hard: bool = False, name: str = "pseudo",
+                 outputs: Path = OUTPUTS) -> Path:
+    "Pseudo labels from finished runs."
+    return run_stage("pseudo_label", product_path("pseudo_labels", name, runs, outputs, threshold, hard),
+                     {"data": str(data), "runs": [str(run) for run in runs], "threshold": threshold, "hard": hard, "name": name,
+                      "outputs": str(outputs)})
 
 
 def submission(ensemble: Path, data: Path) -> Path:
@@ -347,7 +398,7 @@ def report(ensemble: Path, data: Path, outputs: Path = OUTPUTS) -> Path:
             partial.write_text(html, encoding="utf-8")
     return page
 
-# %% ../nbs/15_runs.ipynb #9c10fea3
+# %% ../nbs/15_runs.ipynb #521ee842
 def run_by_name(stage: str, parameters: dict) -> Path:
     "Run one stage with parameters of its notebook; returns what it wrote."
     from esci_nb.training import make_recipe
@@ -356,7 +407,8 @@ def run_by_name(stage: str, parameters: dict) -> Path:
         named = {name: parameters[name] for name in ("backbone", "fold", "seed") if name in parameters}
         recipe = make_recipe(parameters.get("recipe", "baseline"), **named, **parameters.get("overrides", {}))
         parameters = {"recipe": recipe} | {name: parameters[name] for name in ("data", "outputs") if name in parameters}
-    stages = {"preprocess": preprocess, "train": train, "ensemble": ensemble, "submission": submission, "report": report}
+    stages = {"preprocess": preprocess, "train": train, "ensemble": ensemble, "distill": distill, "pseudo_label": pseudo_label,
+              "submission": submission, "report": report}
     try:
         call = inspect.signature(stages[stage]).bind(**parameters)
     except TypeError as error:

@@ -101,6 +101,29 @@ def test_all_rows_run_has_no_out_of_fold(made):
     assert (run / "test.parquet").is_file() and not (run / "oof.parquet").exists()
 
 
+def test_second_round_learns_from_teachers_that_saw_neither_fold(made):
+    outputs = made.data.parents[1]
+    data = open_data(made.data)
+    student, = grid(made.data, [made.backbone], ["www"], folds=[0], outputs=outputs, **QUICK)
+    recipe = json.loads((student / "config.json").read_text())["recipe"]
+    teachers = sorted(outputs.glob("runs/www_first-*-f0t*"))
+    assert len(teachers) == 3 and all((run / "DONE").exists() for run in teachers)
+    own = set(data.rows.iloc[data.held_out(0)]["query_id"])
+    labelled = []
+    for run in teachers:
+        inner = pd.read_parquet(run / "inner.parquet")
+        assert not own & set(inner["query_id"]) and set(pd.read_parquet(run / "oof.parquet")["query_id"]) == own
+        labelled += inner["example_id"].tolist()
+    assert sorted(labelled) == sorted(data.rows["example_id"].iloc[data.train(0)])
+    soft = pd.read_parquet(f"{recipe['soft_labels']}/soft.parquet")
+    assert sorted(soft["example_id"]) == sorted(labelled) and set(soft["fold"]) == {0}
+    pseudo = pd.read_parquet(f"{recipe['pseudo_labels']}/pseudo.parquet")
+    assert set(pseudo["example_id"]) <= set(data.rows["example_id"].iloc[data.test])
+    metrics = json.loads((student / "metrics.json").read_text())
+    assert metrics["train_rows"] == len(data.train(0)) and metrics["pseudo_rows"] == (pseudo["fold"] == 0).sum()
+    assert grid(made.data, [made.backbone], ["www"], folds=[0], outputs=outputs, **QUICK) == [student]
+
+
 def test_commands_print_tables(made, tiny_files, capsys):
     assert main(["check", str(tiny_files)]) == 0 and "judgements" in capsys.readouterr().out
     assert main(["check-submission", str(made.submission), str(tiny_files)]) == 0
