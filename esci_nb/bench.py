@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'BEST', 'TRAINING_GOALS', 'PREDICTION_GOALS', 'pair_flops', 'matmul_rate', 'interleave', 'ratio_row',
            'Workload', 'our_training', 'our_prediction', 'peer_training', 'peer_prediction', 'plain_training',
-           'measure_training', 'measure_prediction', 'padding_lines', 'assembly_line', 'ndcg_line', 'fresh_process',
-           'import_lines', 'memory_lines', 'first_batch_lines', 'shaped_backbone', 'run_bench', 'minilm_folder']
+           'measure_training', 'measure_strategies', 'measure_prediction', 'padding_lines', 'assembly_line',
+           'ndcg_line', 'fresh_process', 'import_lines', 'memory_lines', 'first_batch_lines', 'shaped_backbone',
+           'run_bench', 'minilm_folder']
 
 # %% ../nbs/19_bench.ipynb #38ecd074
 import gc
@@ -105,14 +106,16 @@ class Workload:
     def __len__(self) -> int:
         return len(self.queries)
 
-# %% ../nbs/19_bench.ipynb #28b2f9d7
-def our_training(work: Workload) -> float:
-    "Seconds of one epoch by `training.fit`, loading left out."
+# %% ../nbs/19_bench.ipynb #1a6da394
+def our_training(work: Workload, **overrides) -> float:
+    "Seconds of one epoch by `training.fit`, loading left out; `overrides` are recipe fields."
+    import dataclasses
     from esci_nb.losses import one_hot_targets
     from esci_nb.training import fit
     target = one_hot_targets([LABELS[label] for label in work.labels])
     with tempfile.TemporaryDirectory() as folder:
-        return fit(work.recipe, work.pairs, np.arange(len(work)), target, np.ones(len(work), np.float32), Path(folder)).seconds
+        recipe = dataclasses.replace(work.recipe, **overrides)
+        return fit(recipe, work.pairs, np.arange(len(work)), target, np.ones(len(work), np.float32), Path(folder)).seconds
 
 
 def our_prediction(work: Workload, model) -> float:
@@ -198,7 +201,7 @@ def plain_training(work: Workload, bf16: bool, batch: int) -> float:
     _wait(work.device)
     return time.perf_counter() - start
 
-# %% ../nbs/19_bench.ipynb #eacab6df
+# %% ../nbs/19_bench.ipynb #acbcdb3c
 def measure_training(work: Workload, rounds: int, goals: Mapping[str, float]) -> list[dict]:
     "Lines of the table: our training against each peer, and our share of the matrix-product ceiling."
     import torch
@@ -224,6 +227,18 @@ def measure_training(work: Workload, rounds: int, goals: Mapping[str, float]) ->
     share = ratio_row(f"{what}: share of the bf16 matrix-product rate", flops / seconds["ours"] / 1e9,
                       pd.Series(ceilings[-rounds:]) / 1e9, goals.get("share"), unit="GFLOP/s")
     return [*lines, share]
+
+
+def measure_strategies(work: Workload, rounds: int) -> list[dict]:
+    "Lines of the table: what a training step costs with a strategy, as a multiple of the baseline's."
+    strategies = {"AWP in every step": dict(adversary="awp", awp_below=1e3), "AWP, loss never low enough": dict(adversary="awp", awp_below=1e-6),
+                  "FGM": dict(adversary="fgm"), "weighted pooling and 5 dropout branches": dict(pooling="weighted", dropout_branches=5)}
+    seconds = interleave({"baseline": lambda: our_training(work),
+                          **{name: lambda fields=fields: our_training(work, **fields) for name, fields in strategies.items()}}, rounds,
+                         warm_up=False)
+    goals = dict(zip(strategies, (2.1, 1.02, 2.1, 1.05)))
+    return [ratio_row(f"cost of a step, max length {work.max_length}: {name}", seconds[name], seconds["baseline"], goals[name], unit="s")
+            for name in strategies]
 
 
 def measure_prediction(work: Workload, rounds: int, goals: Mapping[str, float]) -> list[dict]:
@@ -258,7 +273,7 @@ def _config(backbone: str):
     from transformers import AutoConfig
     return AutoConfig.from_pretrained(backbone, trust_remote_code=False)
 
-# %% ../nbs/19_bench.ipynb #b83eabbc
+# %% ../nbs/19_bench.ipynb #9e9a57a0
 def padding_lines(data, backbone: str, lengths: Sequence[int] = (64, 96, 128, 192, 256, 384, 512)) -> list[dict]:
     "Padding waste of one planned epoch over all train rows, beside random batches of 32, at each max length."
     from esci_nb.encode import EncodedPairs, padding_waste, token_budget_batches
@@ -340,9 +355,10 @@ def import_lines(rounds: int = 5) -> list[dict]:
 
 def memory_lines(data: Path, backbone: str, rows: int, max_length: int) -> list[dict]:
     "Peak resident memory (GiB) of a training in a fresh process: ours and sentence-transformers in bf16."
-    code = ("import resource; from esci_nb.bench import Workload, our_training, peer_training; from esci_nb.runs import open_data; "
+    code = ("from esci_nb.bench import Workload, our_training, peer_training; from esci_nb.runs import open_data; "
+            "from esci_nb.training import peak_memory; "
             f"work = Workload(open_data({str(data)!r}), {str(backbone)!r}, {rows}, {max_length}); {{call}}; "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)")
+            "print(peak_memory())")
     ours = fresh_process(code.format(call="our_training(work)"))
     peer = fresh_process(code.format(call="peer_training(work, True, 32)"))
     return [{"what": f"peak memory of training, max length {max_length}: against sentence-transformers, bf16", "ours": ours, "peer": peer,
@@ -387,7 +403,7 @@ def shaped_backbone(name: str, texts: Sequence[str], folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/19_bench.ipynb #3733aba8
+# %% ../nbs/19_bench.ipynb #9f8fbc7f
 DEFAULTS, BEST = "sentence-transformers, defaults", "sentence-transformers, bf16, batch 32"
 TRAINING_GOALS = {128: {DEFAULTS: 3.0}, 256: {DEFAULTS: 3.5, BEST: 1.6, "share": 0.45}}
 PREDICTION_GOALS = {256: {DEFAULTS: 4.0, "sentence-transformers, bf16, batch 128, sorted": 1.4, "share": 0.60}}
@@ -416,6 +432,7 @@ def run_bench(source: str, backbone: str = "", shape: str = "", lengths: Sequenc
         lines += measure_training(work, rounds, TRAINING_GOALS.get(length, {}))
         lines.append(assembly_line(work, lines[-2]["ours"]))
         lines += measure_prediction(Workload(data, backbone, 4 * rows, length), rounds, PREDICTION_GOALS.get(length, {}))
+    lines += measure_strategies(Workload(data, backbone, rows, min(lengths)), rounds)
     lines += padding_lines(data, backbone)
     lines += memory_lines(data.path, backbone, rows, max(lengths))
     lines += first_batch_lines(data, backbone, max(lengths))

@@ -187,7 +187,7 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
-# %% ../nbs/10_training.ipynb #8abe8550
+# %% ../nbs/10_training.ipynb #a03939ba
 class TrainPairs:
     "Encoded pairs with a target and a weight a row: the dataset of the trainer, one batch an item."
 
@@ -309,7 +309,7 @@ class Progress(TrainerCallback):
 def check_room(model: torch.nn.Module, folder: Path, device: torch.device) -> None:
     "Refuse before the first step when weights, gradients and Adam's moments cannot fit memory, or checkpoints the disk."
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    need, free = 16 * parameters, torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    need, free = 20 * parameters, torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     if need > free:
         raise InputError(f"Training {parameters / 1e6:.0f} M parameters needs at least {need / 2**30:.1f} GiB of memory on "
                          f"{device.type} and {free / 2**30:.1f} GiB are free; choose a smaller backbone or free memory.")
@@ -341,6 +341,9 @@ def peak_memory() -> float:
     "GiB that this process held at most so far: of the GPU where one is used, else of main memory."
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what a parent held before it started this process
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

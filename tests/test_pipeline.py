@@ -163,4 +163,4 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
              "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs), "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
-    assert {"shuffled", "BM25", "random"} <= set(table["what"]) and (table["lists"] == table["lists"].iloc[0]).all()
+    assert {"shuffled", "BM25", "random"} <= set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
