@@ -110,7 +110,7 @@ def ladder_table(recipes: Mapping[str, Mapping[int, pd.Series]], averaged: Mappi
         table.append(row)
     return pd.DataFrame(table).sort_values("ndcg", ascending=False, ignore_index=True)
 
-# %% ../nbs/18_ladder.ipynb #fa67a97e
+# %% ../nbs/18_ladder.ipynb #5dae08e4
 def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str] = {}, zero_shot: str = "") -> pd.DataFrame:
     """The table of finished runs that were folded over ranked lists, beside BM25, random and other systems.
 
@@ -121,7 +121,7 @@ def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str]
     named = run_labels(runs)
     rows = data.rows[(data.rows["source"] == "task1") & (data.rows["fold"] >= 0)].sort_values(["query_id", "product_id"])
     others = {name: peer_ndcg(path, rows) for name, path in peers.items()}
-    tables = {(label, seed): next(iter(collect(part["run"]).oof.values())) for (label, seed), part in named.groupby(["label", "seed"])}
+    tables = {(label, seed): next(iter(collect(list(part["run"])).oof.values())) for (label, seed), part in named.groupby(["label", "seed"])}
     means = {label: mean_probabilities({str(key): table for key, table in tables.items() if key[0] == label}) for label in named["label"].unique()}
     scored = score_rows(rows, data.products, {ENSEMBLE: next(iter(means.values()))} | means | {str(key): table for key, table in tables.items()})
     if zero_shot:
