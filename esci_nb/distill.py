@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_TEACHERS', 'query_keys', 'teacher_folds', 'teacher_split', 'check_unseen', 'Teacher', 'read_recipe', 'trained_rows',
-           'read_predictions', 'read_teachers', 'row_positions', 'soft_labels', 'distilled_targets', 'read_soft_labels']
+           'read_predictions', 'read_teachers', 'row_positions', 'soft_labels', 'distilled_targets', 'read_labels',
+           'read_soft_labels']
 
 # %% ../nbs/11_distill.ipynb #9e15af89
 from collections.abc import Mapping, Sequence
@@ -233,27 +234,35 @@ def distilled_targets(hard: np.ndarray, soft: np.ndarray, soft_weight: float = 0
         raise InputError(f"soft_weight is {soft_weight}; give a share from 0 to 1.")
     return (soft_weight * np.asarray(soft) + (1 - soft_weight) * np.asarray(hard)).astype(np.float32)
 
-# %% ../nbs/11_distill.ipynb #f8335f16
+# %% ../nbs/11_distill.ipynb #147d58aa
+def read_labels(folder: Path, kind: str, stage: str, data: DataFolder, fold: int) -> pd.DataFrame:
+    """The part for student `fold` of `kind`.parquet (kind: soft or pseudo), which `stage` wrote into `folder`.
+
+    Raises `InputError` if the folder is unfinished, of other data, or was not made for this fold.
+    """
+    folder = Path(folder)
+    if not (folder / "DONE").is_file():
+        raise InputError(f"{folder} is no finished folder of {kind} labels (it has no DONE file); run the stage {stage} "
+                         "first.")
+    config = read_json(folder / "config.json")
+    if config["data"] != data.name:
+        raise InputError(f"{folder} holds {kind} labels for {config['data']} and not for {data.name}; use the same data "
+                         "folder.")
+    if fold not in config["folds"]:
+        raise InputError(f"{folder} holds {kind} labels for the student folds {', '.join(map(str, config['folds']))} "
+                         f"and not for {fold}; add runs of fold {fold} and run the stage {stage} again.")
+    return pd.read_parquet(folder / f"{kind}.parquet", filters=[("fold", "==", fold)])
+
+
 def read_soft_labels(folder: Path, data: DataFolder, fold: int) -> np.ndarray:
     """The soft labels of a student: float32 (rows, 4) in the order of `data.train(fold)`.
 
     `folder`: what the stage `distill` wrote. Raises `InputError` if it is unfinished, of other data, or was not made
     for this fold: the labels of another fold come from teachers that saw this one.
     """
-    folder = Path(folder)
-    if not (folder / "DONE").is_file():
-        raise InputError(f"{folder} is no finished folder of soft labels (it has no DONE file); run the stage distill "
-                         "first.")
-    config = read_json(folder / "config.json")
-    if config["data"] != data.name:
-        raise InputError(f"{folder} holds soft labels for {config['data']} and not for {data.name}; use the same data "
-                         "folder.")
-    if fold not in config["folds"]:
-        raise InputError(f"{folder} holds soft labels for the student folds {', '.join(map(str, config['folds']))} and "
-                         f"not for {fold}; add the teachers of fold {fold} and run the stage distill again.")
-    table = pd.read_parquet(folder / "soft.parquet", filters=[("fold", "==", fold)]).set_index("example_id")
+    table = read_labels(folder, "soft", "distill", data, fold).set_index("example_id")
     wanted = data.rows["example_id"].iloc[data.train(fold)]
     if len(table) != len(wanted) or not table.index.is_unique or not wanted.isin(table.index).all():
-        raise InputError(f"{folder / 'soft.parquet'} does not hold each of the {len(wanted):,} train rows of fold "
+        raise InputError(f"{Path(folder) / 'soft.parquet'} does not hold each of the {len(wanted):,} train rows of fold "
                          f"{fold} once; delete the folder and run the stage distill again.")
     return table.loc[wanted, list(PROB_COLUMNS)].to_numpy("float32")

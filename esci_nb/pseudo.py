@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['select_pseudo', 'pseudo_targets', 'unlabelled_rows', 'pseudo_predictions', 'read_pseudo_labels', 'passing']
 
-# %% ../nbs/12_pseudo.ipynb #abbeac69
+# %% ../nbs/12_pseudo.ipynb #17ef6e59
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from .data import LABELS, LOCALES, InputError
-from .distill import check_unseen, read_predictions, read_recipe, row_positions, trained_rows
+from .distill import check_unseen, read_labels, read_predictions, read_recipe, row_positions, trained_rows
 from .ensemble import mean_probabilities
-from .runs import DataFolder, read_json
+from .runs import DataFolder
 from .submission import PROB_COLUMNS, ranking_score
 
 # %% ../nbs/12_pseudo.ipynb #26cf4340
@@ -36,7 +36,7 @@ def pseudo_targets(table: pd.DataFrame, hard: bool = False) -> np.ndarray:
     soft = table[list(PROB_COLUMNS)].to_numpy("float32")
     return np.eye(len(LABELS), dtype=np.float32)[soft.argmax(1)] if hard else soft / soft.sum(1, keepdims=True)
 
-# %% ../nbs/12_pseudo.ipynb #c840516c
+# %% ../nbs/12_pseudo.ipynb #e5ece786
 def unlabelled_rows(data: DataFolder, fold: int) -> np.ndarray:
     "Positions of the rows whose labels a student of `fold` may not know: the test rows, or without these its own fold."
     return data.test if len(data.test) else data.held_out(fold)
@@ -83,22 +83,11 @@ def read_pseudo_labels(folder: Path, data: DataFolder, fold: int) -> tuple[np.nd
     `folder`: what the stage `pseudo_label` wrote. Raises `InputError` if it is unfinished, of other data, was not made
     for this fold, or holds rows that are train rows of the student.
     """
-    folder = Path(folder)
-    if not (folder / "DONE").is_file():
-        raise InputError(f"{folder} is no finished folder of pseudo labels (it has no DONE file); run the stage "
-                         "pseudo_label first.")
-    config = read_json(folder / "config.json")
-    if config["data"] != data.name:
-        raise InputError(f"{folder} holds pseudo labels for {config['data']} and not for {data.name}; use the same "
-                         "data folder.")
-    if fold not in config["folds"]:
-        raise InputError(f"{folder} holds pseudo labels for the student folds {', '.join(map(str, config['folds']))} "
-                         f"and not for {fold}; add runs of fold {fold} and run the stage pseudo_label again.")
-    table = pd.read_parquet(folder / "pseudo.parquet", filters=[("fold", "==", fold)])
+    table = read_labels(folder, "pseudo", "pseudo_label", data, fold)
     positions = pd.Index(data.rows["example_id"]).get_indexer(table["example_id"])
     strange = ~np.isin(positions, unlabelled_rows(data, fold)) | table["example_id"].duplicated()
     if strange.any():
-        raise InputError(f"{folder / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no "
+        raise InputError(f"{Path(folder) / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no "
                          f"unlabelled rows of fold {fold} (example_id "
                          f"{', '.join(map(str, table['example_id'][strange].tolist()[:3]))}); delete the folder "
                          "and run the stage pseudo_label again.")
