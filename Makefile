@@ -11,7 +11,7 @@ READY := .venv/.ready
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lab ladder bench readme clean
+.PHONY: demo test lab ladder bench docs check-docs readme hooks clean
 .DEFAULT_GOAL := demo
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
@@ -46,6 +46,21 @@ $(PEERS): $(READY)
 
 bench: $(PEERS)  ## speed against the peers into nbs/results/bench.csv
 	@$(BIN)/esci-nb bench "$(DATA)" --backbone "$(BACKBONE)" $(ARGS)
+
+DOCS := .venv/.docs
+$(DOCS): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(DOCS)  ## the site from the notebooks, in outputs/docs/
+	@$(BIN)/esci-nb docs $(ARGS)
+
+check-docs: $(DOCS)  ## the site in a browser (chromium must be installed), its links, and the tutorial
+	@$(BIN)/pip install -q -c constraints.txt -e ".[browser]"
+	@$(BIN)/python -m pytest tests/test_docs.py tests/test_site.py --no-cov $(ARGS)
+
+hooks: $(READY)  ## git commits only clean notebooks, exported and linted
+	@git config core.hooksPath .github/hooks
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tests/readme.py

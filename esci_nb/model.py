@@ -6,13 +6,14 @@
 __all__ = ['DROPOUTS', 'POOLINGS', 'load_tokenizer', 'load_backbone', 'quiet', 'pool', 'weighted_pool', 'final_norm',
            'CrossEncoder']
 
-# %% ../nbs/07_model.ipynb #adfd1e0e
+# %% ../nbs/07_model.ipynb #dadff4fa
 import contextlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,19 +26,19 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob",         # BER
             "embedding_dropout", "attention_dropout", "mlp_dropout")       # ModernBERT, EuroBERT
 POOLINGS = ("mean", "cls", "weighted")
 
-# %% ../nbs/07_model.ipynb #dfab85ed
-def _loading(name: str, what: str, load):
-    "Call `load`; turn its failures into one sentence about the backbone `name`."
+# %% ../nbs/07_model.ipynb #812f88c9
+def _loading(name: str, what: str, load, kind: str = "backbone"):
+    "Call `load`; turn its failures into one sentence about the model `name`, a `kind`."
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"The backbone folder {name} has no config.json; give a folder saved by save_pretrained.")
+        raise InputError(f"The {kind} folder {name} has no config.json; give a folder saved by save_pretrained.")
     if not Path(name).is_dir() and (str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1):
-        raise InputError(f"The backbone folder {name} does not exist; give an existing folder or a hub name.")
+        raise InputError(f"The {kind} folder {name} does not exist; give an existing folder or a hub name.")
     try:
         return load()
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for the same mistakes
         reason = " ".join(str(error).split())[:160]
         if "trust_remote_code" in reason:
-            raise InputError(f"The backbone {name} needs code from the hub, which is never run here; "
+            raise InputError(f"The {kind} {name} needs code from the hub, which is never run here; "
                              "choose a model that transformers knows.") from error
         if Path(name).is_dir():
             raise InputError(f"The {what} in the folder {name} could not be read ({reason}); save it again with "
@@ -113,7 +114,7 @@ def final_norm(backbone: nn.Module) -> nn.Module | None:
     "The norm after the last layer of a pre-norm backbone (ModernBERT, EuroBERT), None where the layers end normalised."
     return next((child for name, child in backbone.named_children() if name in ("final_norm", "norm")), None)
 
-# %% ../nbs/07_model.ipynb #68c77852
+# %% ../nbs/07_model.ipynb #0bcde518
 class CrossEncoder(nn.Module):
     """Backbone, pooling, dropout, linear layer: logits in the order of `LABELS`.
 
@@ -154,6 +155,13 @@ class CrossEncoder(nn.Module):
         norm = final_norm(self.backbone)
         layers = [*(below if norm is None else map(norm, below)), output.last_hidden_state]
         return weighted_pool(layers, mask, self.layer_scores.softmax(0))
+
+    @torch.inference_mode()
+    def probabilities(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
+        "Class probabilities of a batch of tensors on any device: float32 (pairs, 4) in main memory."
+        device = self.head.weight.device
+        logits = self(**{name: values.to(device, non_blocking=True) for name, values in batch.items() if name != "row"})
+        return logits.float().softmax(-1).cpu().numpy()
 
     def layer_weights(self) -> dict[int, float]:
         "The learned weight of each pooled layer, {layer counted from 1: weight}; empty unless pooling is weighted."

@@ -6,7 +6,7 @@
 __all__ = ['ENSEMBLE', 'BM25', 'RANDOM', 'ScoredLists', 'score_rows', 'score_lists', 'compare', 'plot_ladder', 'plot_against',
            'plot_labels']
 
-# %% ../nbs/16_report.ipynb #8f78d9e8
+# %% ../nbs/16_report.ipynb #64e43873
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ import pandas as pd
 from .data import LABELS, PAIR_KEY, TEXT_FIELDS, InputError, join_products
 from .encode import product_text
 from .ensemble import collect
+from .entities import strip_table
 from .metrics import bm25, bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap, per_locale, random_ndcg
 from .submission import ranking_score
 
 ENSEMBLE, BM25, RANDOM = "ensemble", "BM25", "random"
 
-# %% ../nbs/16_report.ipynb #363c4c12
+# %% ../nbs/16_report.ipynb #ffc82e47
 @dataclass
 class ScoredLists:
     """Labelled ranked lists and what each system makes of them.
@@ -56,15 +57,15 @@ def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[s
             raise InputError(f"{name} lacks {int(aligned['p_E'].isna().sum())} of {len(rows)} labelled candidates; "
                              "its runs belong to other data.")
         systems[name] = ranking_score(aligned)
-    text = product_text(join_products(rows, products), TEXT_FIELDS)
-    systems[BM25] = bm25(rows["query"].tolist(), text.tolist())
+    plain = strip_table(join_products(rows, products))
+    systems[BM25] = bm25(plain["query"].tolist(), product_text(plain, TEXT_FIELDS).tolist())
     scores = {name: ndcg(query, gain, score) for name, score in systems.items()}
     scores[RANDOM] = random_ndcg(query, gain)
     return ScoredLists(rows.assign(score=systems[ENSEMBLE]), pd.DataFrame(scores))
 
 
 def score_lists(dataset, ensemble: Path, members: Sequence[Path]) -> dict[str, ScoredLists]:
-    "The `ScoredLists` of an ensemble and its members, for `oof` and `test` as far as there are labels."
+    "The `ScoredLists` of an ensemble and the members that rank every list, for `oof` and `test` as far as there are labels."
     found = collect(members)
     ranked = dataset.rows[(dataset.rows["source"] == "task1") & (dataset.rows["esci_label"] != "")]
     parts = {}
@@ -72,7 +73,8 @@ def score_lists(dataset, ensemble: Path, members: Sequence[Path]) -> dict[str, S
                                ("test", found.test, ranked[ranked["split"] == "test"])):
         path = Path(ensemble) / f"{part}.parquet"
         if len(rows) and path.is_file():
-            alone = {} if len(tables) < 2 else tables
+            alone = {} if len(tables) < 2 else {name: table for name, table in tables.items()
+                                                if rows["example_id"].isin(table["example_id"]).all()}
             parts[part] = score_rows(rows, dataset.products, {ENSEMBLE: pd.read_parquet(path)} | alone)
     if not parts:
         raise InputError(f"{dataset.path} has no labelled ranked lists that {ensemble} predicts; there is nothing to report.")

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'atomic', 'write_json', 'write_table', 'read_json', 'short_hash', 'DataFolder', 'data_path', 'save_data',
            'open_data', 'short_name', 'run_path', 'product_path', 'start_run', 'probability_table', 'mark_done',
-           'notebook_of', 'check_parameters', 'run_stage', 'remove_empty', 'preprocess', 'small_backbone', 'train',
-           'second_round', 'grid', 'ensemble', 'distill', 'pseudo_label', 'submission', 'report', 'run_by_name',
-           'Pipeline', 'pipeline']
+           'notebook_of', 'check_parameters', 'folder_lock', 'is_locked', 'run_stage', 'remove_empty', 'preprocess',
+           'small_backbone', 'Job', 'train_job', 'train', 'grid', 'data_of', 'ensemble_path', 'ensemble', 'distill_job',
+           'distill', 'pseudo_label_job', 'pseudo_label', 'submission', 'report', 'eda_path', 'eda', 'errors_path',
+           'errors', 'run_by_name', 'Pipeline', 'pipeline']
 
-# %% ../nbs/15_runs.ipynb #2d3c697e
+# %% ../nbs/15_runs.ipynb #7ce44028
 import contextlib
 import dataclasses
 import hashlib
@@ -19,17 +20,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 import esci_nb
-from .data import InputError
+from .data import LOCALES, InputError
+from .prepare import make_data_recipe
 from .submission import PROB_COLUMNS
+from .translate import is_original
 
 OUTPUTS = Path("outputs")
 
@@ -71,7 +73,7 @@ def short_hash(*values) -> str:
     "Eight hexadecimal digits over plain values."
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-# %% ../nbs/15_runs.ipynb #98a0b675
+# %% ../nbs/15_runs.ipynb #10784943
 @dataclass
 class DataFolder:
     """A preprocessed data folder: `rows` (pairs with label, split, source, weight, fold), `products` (cleaned text), `info`."""
@@ -79,6 +81,19 @@ class DataFolder:
     rows: pd.DataFrame
     products: pd.DataFrame
     info: dict
+    locales: tuple[str, ...] = ()  # what `only` kept; empty: all
+
+    def only(self, locales: Sequence[str]) -> "DataFolder":
+        "The same folder with nothing but the rows and products in the languages of these locales; with all for none."
+        if not locales:
+            return self
+        language = "language" if "language" in self.rows else "product_locale"
+        trains = self.rows.loc[self.rows["split"] == "train", language].unique().tolist()
+        missing = [locale for locale in locales if locale not in trains]
+        if missing:
+            raise InputError(f"{self.path} has no train rows of the locale {missing[0]!r}; it has {', '.join(sorted(trains))}.")
+        rows, products = (table[table[language].isin(locales)].reset_index(drop=True) for table in (self.rows, self.products))
+        return dataclasses.replace(self, rows=rows, products=products, locales=tuple(locales))
 
     @property
     def name(self) -> str:
@@ -93,14 +108,14 @@ class DataFolder:
         "Positions of the test rows."
         return np.flatnonzero((self.rows["split"] == "test").to_numpy())
 
-    def train(self, fold: int) -> np.ndarray:
-        "Positions of the rows that a run of this fold trains on; -1 trains on all train rows."
-        is_train = (self.rows["split"] == "train").to_numpy()
+    def train(self, fold: int, translated: bool = True) -> np.ndarray:
+        "Positions of the rows that a run of this fold trains on, or of the originals among them; -1 trains on all train rows."
+        is_train = (self.rows["split"] == "train").to_numpy() & (translated | is_original(self.rows))
         return np.flatnonzero(is_train & ((self.rows["fold"] != fold).to_numpy() | (fold < 0)))
 
     def held_out(self, fold: int) -> np.ndarray:
-        "Positions of the rows that a run of this fold is scored on; none for -1."
-        return np.flatnonzero((self.rows["fold"] == fold).to_numpy() & (fold >= 0))
+        "Positions of the rows that a run of this fold is scored on, translations never; none for -1."
+        return np.flatnonzero((self.rows["fold"] == fold).to_numpy() & (fold >= 0) & is_original(self.rows))
 
 
 def _fingerprint(source: str) -> tuple[str, str]:
@@ -119,9 +134,11 @@ def _fingerprint(source: str) -> tuple[str, str]:
     return path.resolve().name, digest.hexdigest()[:16]
 
 
-def data_path(source: str, outputs: Path = OUTPUTS, **parameters) -> Path:
-    "The folder that `preprocess` of this source with these parameters writes, named by a hash of both."
+def data_path(source: str, outputs: Path = OUTPUTS, **settings) -> Path:
+    "The folder that `preprocess` of this source with these settings (`prepare.DataRecipe`) writes, named by a hash of both."
     name, content = _fingerprint(source)
+    recipe = make_data_recipe(**settings)
+    parameters = {"n_folds": recipe.n_folds, "over": recipe.over, "seed": recipe.seed} | recipe.changes()
     return Path(outputs) / "data" / f"{name}-{short_hash(content, parameters, esci_nb.__version__)}"
 
 
@@ -132,8 +149,8 @@ def save_data(path: Path, rows: pd.DataFrame, products: pd.DataFrame, info: dict
     write_json(info, Path(path) / "data.json")
 
 
-def open_data(path: Path) -> DataFolder:
-    "Read a finished data folder."
+def open_data(path: Path, locales: Sequence[str] = ()) -> DataFolder:
+    "Read a finished data folder; of `locales` only their rows and products."
     path = Path(path)
     if not (path / "DONE").is_file():
         raise InputError(f"{path} is no finished data folder (it has no DONE file); run the stage preprocess first.")
@@ -141,9 +158,9 @@ def open_data(path: Path) -> DataFolder:
         tables = [pd.read_parquet(path / f"{name}.parquet") for name in ("rows", "products")]
     except (OSError, ValueError) as error:
         raise InputError(f"The tables in {path} cannot be read; delete the folder and run preprocess again.") from error
-    return DataFolder(path, *tables, read_json(path / "data.json"))
+    return DataFolder(path, *tables, read_json(path / "data.json")).only(locales)
 
-# %% ../nbs/15_runs.ipynb #29db66a8
+# %% ../nbs/15_runs.ipynb #22076ced
 def short_name(backbone: str) -> str:
     "The last part of a hub name or folder, fit for a file name."
     return "".join(c if c.isalnum() else "-" for c in Path(backbone).name).strip("-")[:32] or "none"
@@ -164,13 +181,20 @@ def product_path(kind: str, name: str, runs: Sequence[Path], outputs: Path = OUT
 
 
 def start_run(recipe, data: DataFolder, outputs: Path = OUTPUTS) -> Path:
-    "Make the run folder and write its config.json; `family` names the configuration that the folds of a run share."
+    """Make the run folder and write its config.json.
+
+    In it `family` names the configuration that the folds of a run share, and `locales` are those that its tables may hold.
+    `data`: opened with the recipe's locales.
+    """
     if recipe.fold >= data.n_folds:
         raise InputError(f"Fold {recipe.fold} does not exist: {data.path} has the folds 0 to {data.n_folds - 1} (and -1 for all).")
+    if recipe.fold >= 0 and not len(data.held_out(recipe.fold)):
+        raise InputError(f"Fold {recipe.fold} of {data.path} has no rows of {', '.join(data.locales) or 'any locale'} to predict; "
+                         "choose another fold or more locales.")
     path = run_path(recipe, data.path, outputs)
     family = short_hash(dataclasses.asdict(dataclasses.replace(recipe, fold=0, soft_labels="", pseudo_labels="")))
     write_json({"recipe": dataclasses.asdict(recipe), "data": data.name, "n_folds": data.n_folds, "family": family,
-                "version": esci_nb.__version__}, path / "config.json")
+                "locales": list(recipe.locales or LOCALES), "version": esci_nb.__version__}, path / "config.json")
     return path
 
 
@@ -188,7 +212,7 @@ def mark_done(path: Path) -> None:
     if "ESCI_NB_RUNNER" not in os.environ:
         (Path(path) / "DONE").touch()
 
-# %% ../nbs/15_runs.ipynb #5cdee330
+# %% ../nbs/15_runs.ipynb #ff32c756
 def notebook_of(stage: str) -> Path:
     "The pipeline notebook of a stage, found in the checkout."
     folder = Path(esci_nb.__file__).resolve().parent.parent / "nbs" / "pipeline"
@@ -215,18 +239,72 @@ def check_parameters(stage: str, parameters: dict) -> None:
                                  f"its default is {known[name]['default']}.")
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder`/LOCK while the block runs; waits while another process holds it.
+
+    The file names the owner's pid for people to read. What counts is the operating system's lock on it, which ends with its owner however
+    that dies: the LOCK of a killed run is taken over at once.
+    """
+    import fcntl
+    path = Path(folder) / "LOCK"
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path.parent.name}: process {path.read_text().strip() or '?'} is at work on it; waiting", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                owned = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                owned = False
+            if not owned:  # the owner before us removed this file; somebody may hold the next one
+                continue
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def is_locked(folder: Path) -> bool:
+    "Whether another process holds the lock of `folder`."
+    import fcntl
+    try:
+        with open(Path(folder) / "LOCK") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def run_stage(stage: str, folder: Path, parameters: dict, live: bool = True) -> Path:
     """Run the notebook of `stage` with `parameters`, which write into `folder`, unless `folder` is done; returns `folder`.
 
-    The executed notebook is kept as `notebook.ipynb`. Raises the notebook's `InputError`; any other failure keeps the
-    notebook as `failed.ipynb` and raises RuntimeError with its path.
+    The folder is locked meanwhile: a second process that wants it waits, and then finds it done. The executed notebook is kept as
+    `notebook.ipynb`. Raises the notebook's `InputError`; any other failure keeps the notebook as `failed.ipynb` and raises RuntimeError
+    with its path.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
     folder = Path(folder)
     if (folder / "DONE").is_file():
         return folder
     check_parameters(stage, parameters)
+    with folder_lock(folder):
+        if not (folder / "DONE").is_file():
+            _execute(stage, folder, parameters, live)
+    return folder
+
+
+def _execute(stage: str, folder: Path, parameters: dict, live: bool) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
     work = Path(tempfile.mkdtemp(prefix="esci_nb-"))
     before = dict(os.environ)
     os.environ["ESCI_NB_RUNNER"] = "1"
@@ -251,171 +329,226 @@ def run_stage(stage: str, folder: Path, parameters: dict, live: bool = True) -> 
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(work, ignore_errors=True)
-    return folder
 
 
 def remove_empty(folder: Path) -> None:
     "After a refused stage: remove its folder if it holds nothing but the config, and parents that became empty."
     folder = Path(folder)
-    if folder.is_dir() and all(path.name == "config.json" or path.is_dir() for path in folder.rglob("*")):
+    if folder.is_dir() and all(path.name in ("config.json", "LOCK") or path.is_dir() for path in folder.rglob("*")):
         shutil.rmtree(folder)
     for parent in folder.parents:
         if not parent.is_dir() or parent.resolve() == Path.cwd() or any(parent.iterdir()):
             break
         parent.rmdir()
 
-# %% ../nbs/15_runs.ipynb #1c94e8d0
-def preprocess(source: str, n_folds: int = 3, over: str = "train", seed: int = 42, outputs: Path = OUTPUTS) -> Path:
-    "Load, check, merge, clean and fold a data source (`sample` or a folder with ESCI files)."
-    folder = data_path(source, outputs, n_folds=n_folds, over=over, seed=seed)
-    return run_stage("preprocess", folder, {"source": str(source), "n_folds": n_folds, "over": over, "seed": seed,
-                                            "outputs": str(outputs)})
+# %% ../nbs/15_runs.ipynb #8ea9ceb5
+def preprocess(source: str, n_folds: int = 3, over: str = "train", seed: int = 42, outputs: Path = OUTPUTS, **settings) -> Path:
+    """Load, check, merge, fold, clean, translate and mark a data source (`sample` or a folder with ESCI files).
+
+    `settings`: other fields of `prepare.DataRecipe`."""
+    recipe = make_data_recipe(n_folds=n_folds, over=over, seed=seed, **settings)
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(recipe).items()}
+    return run_stage("preprocess", data_path(source, outputs, **values), {"source": str(source), **values, "outputs": str(outputs)})
 
 
 def small_backbone(data: Path, seed: int = 42, outputs: Path = OUTPUTS) -> Path:
-    "The small encoder for the texts of a data folder (chapter *Small backbone*), built unless it is there."
+    "The small encoder for the texts of a data folder (chapter *Backbones*), built unless it is there."
     from esci_nb import backbone
     code = Path(backbone.__file__).read_text()
     folder = Path(outputs) / "backbones" / f"small-{short_hash(Path(data).name, seed, code)}"
     if not (folder / "DONE").is_file():
         dataset = open_data(data)
         fields = backbone.SMALL_OVERRIDES["text_fields"]
-        train_queries = dataset.rows.loc[dataset.rows["split"] == "train", "query"].drop_duplicates()
-        texts = [*train_queries, *(text for field in fields for text in dataset.products[field])]
+        rows, products = dataset.rows[dataset.rows["split"] == "train"].drop_duplicates("query"), dataset.products
+        if dataset.info.get("special_tokens"):
+            from esci_nb.entities import strip_table
+            rows, products = strip_table(rows), strip_table(products)
+        texts = [*rows["query"], *(text for field in fields for text in products[field])]
         backbone.build_small_backbone(texts, folder, seed)
         (folder / "DONE").touch()
     return folder
 
 
-def train(recipe, data: Path, outputs: Path = OUTPUTS) -> Path:
-    "Train and predict one run."
-    folder = run_path(recipe, data, outputs)
+@dataclass(frozen=True)
+class Job:
+    "One stage with its parameters and the folder that it writes; `needs`: the folders that must be done before."
+    stage: str
+    folder: Path
+    parameters: dict
+    needs: tuple[Path, ...] = ()
+
+    def run(self) -> Path:
+        "Run the stage unless its folder is done; returns the folder."
+        return run_stage(self.stage, self.folder, self.parameters)
+
+
+def train_job(recipe, data: Path, outputs: Path = OUTPUTS) -> Job:
+    "Train and predict one run, after the labels that it learns from."
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(recipe).items()}
     named = {key: values.pop(key) for key in ("backbone", "fold", "seed")}
-    return run_stage("train", folder, {"data": str(data), "recipe": values.pop("name"), **named, "overrides": values,
-                                       "outputs": str(outputs)})
+    parameters = {"data": str(data), "recipe": values.pop("name"), **named, "overrides": values, "outputs": str(outputs)}
+    needs = tuple(Path(folder) for folder in (recipe.soft_labels, recipe.pseudo_labels) if folder)
+    return Job("train", run_path(recipe, data, outputs), parameters, needs)
 
 
-def second_round(recipe, data: Path, outputs: Path = OUTPUTS, **overrides):
-    """The recipe with its soft and pseudo labels filled in; trains the first round that they come from, unless it is done.
-
-    The teachers of fold k are three runs that leave out fold k and one teacher fold each. A final student (fold -1) learns from the
-    first round over all folds, or from three teachers where single pairs are in no fold.
-    """
-    from esci_nb.distill import N_TEACHERS
-    from esci_nb.training import make_recipe
-    shared = {key: value for key, value in overrides.items() if key not in ("distill_from", "pseudo_from", "soft_weight", "pseudo_weight")}
-    dataset = open_data(data)
-    every_fold = [{"fold": fold} for fold in range(dataset.n_folds)]
-
-    def first_round(name: str, parts: list[dict]) -> list[Path]:
-        return [train(make_recipe(name, backbone=recipe.backbone, seed=recipe.seed, **shared, **part), data, outputs) for part in parts]
-
-    soft, pseudo, teachers = "", "", []
-    if recipe.distill_from:
-        in_folds = (dataset.rows["fold"].iloc[dataset.train(-1)] >= 0).all()
-        bag = [{"fold": recipe.fold, "teacher": number} for number in range(N_TEACHERS)]
-        teachers = first_round(recipe.distill_from, every_fold if recipe.fold < 0 and in_folds else bag)
-        soft = str(distill(teachers, data, outputs=outputs))
-    if recipe.pseudo_from:
-        if recipe.pseudo_from != recipe.distill_from:
-            teachers = first_round(recipe.pseudo_from, every_fold if recipe.fold < 0 else [{"fold": recipe.fold}])
-        pseudo = str(pseudo_label(teachers, data, outputs=outputs))
-    return dataclasses.replace(recipe, soft_labels=soft, pseudo_labels=pseudo)
+def train(recipe, data: Path, outputs: Path = OUTPUTS) -> Path:
+    "Train and predict one run."
+    return train_job(recipe, data, outputs).run()
 
 
 def grid(data: Path, backbones: Sequence[str], recipes: Sequence[str] = ("baseline",), folds: Sequence[int] | None = None,
-         seeds: Sequence[int] = (42,), outputs: Path = OUTPUTS, **overrides) -> list[Path]:
-    """Train recipes x backbones x seeds x folds one after another; what is done is skipped.
+         seeds: Sequence[int] = (42,), outputs: Path = OUTPUTS, workers: int | None = None, **overrides) -> list[Path]:
+    """Train recipes x backbones x seeds x folds; what is done is skipped. Returns the run folders.
 
-    A recipe with a second round trains its first round before.     All recipes, folds and backbones are checked before the first run starts. A run that fails does not stop the others;
-    the failures are raised together at the end.
+    A recipe with a second round trains its first round before. All recipes, folds and backbones are checked before the first run starts. A
+    run that fails does not stop the others; the failures are raised together at the end. `workers`: chapter *Grid*.
     """
-    from esci_nb.encode import PairFrame
-    from esci_nb.model import load_tokenizer
-    from esci_nb.training import make_recipe
-    info = open_data(data).info
-    folds = range(info["n_folds"]) if folds is None else folds
-    wrong = [fold for fold in folds if not -1 <= fold < info["n_folds"]]
-    if wrong:
-        raise InputError(f"Fold {wrong[0]} does not exist: {data} has the folds 0 to {info['n_folds'] - 1} (and -1 for all).")
-    for backbone in backbones:
-        PairFrame.of(load_tokenizer(backbone))
-    wanted = [make_recipe(name, backbone=str(backbone), fold=fold, seed=seed, **overrides)
-              for name in recipes for backbone in backbones for seed in seeds for fold in folds]
-    done, failed = [], []
-    bar = tqdm(wanted, desc="runs", unit="run")
-    for recipe in bar:
-        bar.set_postfix_str(f"{recipe.name} fold {recipe.fold} seed {recipe.seed}")
-        try:
-            if recipe.distill_from or recipe.pseudo_from:
-                recipe = second_round(recipe, data, outputs, **overrides)
-            done.append(train(recipe, data, outputs))
-        except RuntimeError as error:
-            failed.append(str(error))
-            tqdm.write(str(error), file=sys.stderr)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed:\n" + "\n".join(failed))
-    return done
+    from esci_nb.grid import Grid, plan_runs, run_all
+    wanted = Grid(tuple((str(backbone), {}) for backbone in backbones), tuple(recipes), None if folds is None else tuple(folds),
+                  tuple(seeds), recipe=overrides)
+    plan = plan_runs(wanted, data, outputs)
+    run_all(plan, workers)
+    return plan.runs
 
 
-def ensemble(runs: Sequence[Path], name: str = "mean", outputs: Path = OUTPUTS) -> Path:
-    "Average finished runs."
-    return run_stage("ensemble", product_path("ensembles", name, runs, outputs),
-                     {"runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)})
+def data_of(run: Path) -> Path:
+    "The data folder of a run, found beside the folder of its runs."
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise InputError(f"{run} is no finished run (it has no config.json); train it to its end first.")
+    return run.parent.parent / "data" / read_json(run / "config.json")["data"]
+
+
+def ensemble_path(runs: Sequence[Path], method: str = "mean", name: str = "", scores: Mapping[str, Path] = {},
+                  leaderboard: Mapping[str, float] = {}, outputs: Path = OUTPUTS) -> Path:
+    "outputs/ensembles/<name or method>-<hash>; the hash covers the runs, the method and the content of the files of `scores`."
+    contents = {}
+    for scorer, path in scores.items():
+        if not Path(path).is_file():
+            raise InputError(f"The scores of {scorer} are not there: {path} is no file.")
+        with open(path, "rb") as stream:
+            contents[scorer] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return product_path("ensembles", name or method, runs, outputs, method, contents, dict(leaderboard))
+
+
+def ensemble(runs: Sequence[Path], data: Path, method: str = "mean", name: str = "", scores: Mapping[str, Path] = {},
+             leaderboard: Mapping[str, float] = {}, outputs: Path = OUTPUTS) -> Path:
+    """Combine finished runs and files of scores by a method of `ensemble.METHODS`; judges all methods on the labelled lists.
+
+    `name`: first part of the folder's name (the method); `scores`: more members, name -> file; `leaderboard`: member -> NDCG. Writes
+    submission.csv where the data has test lists.
+    """
+    scores = {scorer: str(path) for scorer, path in scores.items()}
+    return run_stage("ensemble", ensemble_path(runs, method, name, scores, leaderboard, outputs),
+                     {"runs": [str(run) for run in runs], "data": str(data), "method": method, "name": name, "scores": scores,
+                      "leaderboard": dict(leaderboard), "outputs": str(outputs)})
+
+
+def distill_job(runs: Sequence[Path], data: Path, name: str = "soft", outputs: Path = OUTPUTS) -> Job:
+    "Soft labels from teachers."
+    return Job("distill", product_path("soft_labels", name, runs, outputs),
+               {"data": str(data), "runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)}, tuple(runs))
 
 
 def distill(runs: Sequence[Path], data: Path, name: str = "soft", outputs: Path = OUTPUTS) -> Path:
     "Soft labels from finished teachers."
-    return run_stage("distill", product_path("soft_labels", name, runs, outputs),
-                     {"data": str(data), "runs": [str(run) for run in runs], "name": name, "outputs": str(outputs)})
+    return distill_job(runs, data, name, outputs).run()
+
+
+def pseudo_label_job(runs: Sequence[Path], data: Path, threshold: float = 0.7, hard: bool = False, name: str = "pseudo",
+                     outputs: Path = OUTPUTS) -> Job:
+    "Pseudo labels from runs."
+    return Job("pseudo_label", product_path("pseudo_labels", name, runs, outputs, threshold, hard),
+               {"data": str(data), "runs": [str(run) for run in runs], "threshold": threshold, "hard": hard, "name": name,
+                "outputs": str(outputs)}, tuple(runs))
 
 
 def pseudo_label(runs: Sequence[Path], data: Path, threshold: float = 0.7, hard: bool = False, name: str = "pseudo",
                  outputs: Path = OUTPUTS) -> Path:
     "Pseudo labels from finished runs."
-    return run_stage("pseudo_label", product_path("pseudo_labels", name, runs, outputs, threshold, hard),
-                     {"data": str(data), "runs": [str(run) for run in runs], "threshold": threshold, "hard": hard, "name": name,
-                      "outputs": str(outputs)})
+    return pseudo_label_job(runs, data, threshold, hard, name, outputs).run()
 
 
-def submission(ensemble: Path, data: Path) -> Path:
-    "Rank the test lists of an ensemble, write and check submission.csv; returns its path."
-    folder = Path(ensemble) / "submission"
-    return run_stage("submission", folder, {"ensemble": str(ensemble), "data": str(data)}) / "submission.csv"
+def submission(input_folder: Path, output_folder: Path, hours: float = 8.5) -> Path:
+    """Run the notebook to submit over a folder that holds what `package.pack` wrote and the test files; returns the path of submission.csv.
+
+    `hours`: the time that it may take."""
+    return run_stage("submission", output_folder, {"input_folder": str(input_folder), "output_folder": str(output_folder),
+                                                   "hours": float(hours)}) / "submission.csv"
+
+
+def _page(folder: Path, name: str) -> Path:
+    "The notebook of a finished stage as a html page without code (and without widgets, which need a kernel), made once."
+    page = Path(folder) / name
+    if not page.is_file():
+        import nbformat
+        from nbconvert import HTMLExporter
+        notebook = nbformat.read(Path(folder) / "notebook.ipynb", 4)
+        notebook.metadata.pop("widgets", None)
+        for cell in notebook.cells:
+            cell["outputs"] = [out for out in cell.get("outputs", []) if "application/vnd.jupyter.widget-view+json" not in out.get("data", {})]
+            if cell.cell_type != "code":
+                del cell["outputs"]
+        html, _ = HTMLExporter(exclude_input=True).from_notebook_node(notebook)
+        with atomic(page) as partial:
+            partial.write_text(html, encoding="utf-8")
+    return page
 
 
 def report(ensemble: Path, data: Path, outputs: Path = OUTPUTS) -> Path:
     "Score an ensemble and its runs beside random and BM25; returns the path of report.html."
     folder = Path(outputs) / "report" / Path(ensemble).name
     run_stage("report", folder, {"ensemble": str(ensemble), "data": str(data), "outputs": str(outputs)})
-    page = folder / "report.html"
-    if not page.is_file():
-        import nbformat
-        from nbconvert import HTMLExporter
-        html, _ = HTMLExporter(exclude_input=True).from_notebook_node(nbformat.read(folder / "notebook.ipynb", 4))
-        with atomic(page) as partial:
-            partial.write_text(html, encoding="utf-8")
-    return page
+    return _page(folder, "report.html")
 
-# %% ../nbs/15_runs.ipynb #521ee842
+
+def eda_path(source: str, run: str = "", tokenizer: str = "", outputs: Path = OUTPUTS) -> Path:
+    "outputs/eda/<source>-<hash>: the folder of a look at a source or a data folder."
+    is_data = str(source) != "sample" and (Path(source) / "data.json").is_file()
+    name, content = (Path(source).resolve().name, "") if is_data else _fingerprint(source)
+    return Path(outputs) / "eda" / f"{name}-{short_hash(name, content, Path(run).name, tokenizer, esci_nb.__version__)}"
+
+
+def eda(source: str = "sample", run: str = "", tokenizer: str = "", outputs: Path = OUTPUTS) -> Path:
+    "Look at `sample`, a folder with ESCI files or a data folder, question by question; returns the path of eda.html."
+    folder = eda_path(source, run, tokenizer, outputs)
+    run_stage("eda", folder, {"source": str(source), "run": str(run), "tokenizer": tokenizer, "outputs": str(outputs)})
+    return _page(folder, "eda.html")
+
+
+def errors_path(runs: Sequence[Path], others: Sequence[Path] = (), outputs: Path = OUTPUTS) -> Path:
+    "outputs/errors/<first run>-<hash>: the folder of an error analysis."
+    if not runs:
+        raise InputError("No runs were given; give runs=[...] with the folders of finished runs of one model, or of an ensemble.")
+    name = Path(runs[0]).name.rpartition("-")[0] or Path(runs[0]).name
+    return product_path("errors", name, runs, outputs, sorted(Path(run).name for run in others), esci_nb.__version__)
+
+
+def errors(data: Path, runs: Sequence[Path], others: Sequence[Path] = (), outputs: Path = OUTPUTS) -> Path:
+    "Where the runs (the folds of one model, or an ensemble) lose, and what `others` do differently; returns the path of errors.html."
+    folder = errors_path(runs, others, outputs)
+    run_stage("errors", folder, {"data": str(data), "runs": [str(run) for run in runs], "others": [str(run) for run in others],
+                                 "outputs": str(outputs)})
+    return _page(folder, "errors.html")
+
+# %% ../nbs/15_runs.ipynb #6582401b
 def run_by_name(stage: str, parameters: dict) -> Path:
     "Run one stage with parameters of its notebook; returns what it wrote."
-    from esci_nb.training import make_recipe
     check_parameters(stage, parameters)
     if stage == "train":
+        from esci_nb.training import make_recipe
         named = {name: parameters[name] for name in ("backbone", "fold", "seed") if name in parameters}
         recipe = make_recipe(parameters.get("recipe", "baseline"), **named, **parameters.get("overrides", {}))
         parameters = {"recipe": recipe} | {name: parameters[name] for name in ("data", "outputs") if name in parameters}
     stages = {"preprocess": preprocess, "train": train, "ensemble": ensemble, "distill": distill, "pseudo_label": pseudo_label,
-              "submission": submission, "report": report}
+              "report": report, "submission": submission, "eda": eda, "errors": errors}
     try:
         call = inspect.signature(stages[stage]).bind(**parameters)
     except TypeError as error:
         raise InputError(f"The stage {stage} cannot run yet: {error}; add it.") from None
     return stages[stage](*call.args, **call.kwargs)
 
-# %% ../nbs/15_runs.ipynb #17b0a6da
+# %% ../nbs/15_runs.ipynb #178b1bb6
 @dataclass
 class Pipeline:
     "The folders and files that the whole way left."
@@ -423,26 +556,28 @@ class Pipeline:
     backbone: str
     runs: list[Path]
     ensemble: Path
-    submission: Path
+    submission: Path | None  # None where the data has no test lists
     report: Path
     scores: pd.DataFrame
 
 
 def pipeline(source: str = "sample", backbone: str = "", recipe: str = "baseline", seed: int = 42, n_folds: int = 3,
-             outputs: Path = OUTPUTS, **overrides) -> Pipeline:
-    "Everything from ESCI files to submission.csv and report.html; what is already done is skipped."
+             outputs: Path = OUTPUTS, data_settings: Mapping = {}, **overrides) -> Pipeline:
+    """Everything from ESCI files to submission.csv and report.html; what is already done is skipped.
+
+    `data_settings`: fields of `prepare.DataRecipe`; `overrides`: of the recipe."""
     from esci_nb.backbone import SMALL_OVERRIDES
     from esci_nb.training import make_recipe
     make_recipe(recipe, backbone=str(backbone), seed=seed, **overrides)
     if backbone:
         from esci_nb.model import load_tokenizer
         load_tokenizer(backbone)
-    data = preprocess(source, n_folds=n_folds, seed=seed, outputs=outputs)
+    data = preprocess(source, **{"n_folds": n_folds, "seed": seed} | dict(data_settings), outputs=outputs)
     if not backbone:
         backbone = str(small_backbone(data, seed, outputs))
         overrides = SMALL_OVERRIDES | overrides
     runs = grid(data, [backbone], [recipe], seeds=[seed], outputs=outputs, **overrides)
-    combined = ensemble(runs, outputs=outputs)
-    csv = submission(combined, data)
+    combined = ensemble(runs, data, outputs=outputs)
+    csv = combined / "submission.csv"
     page = report(combined, data, outputs)
-    return Pipeline(data, backbone, runs, combined, csv, page, pd.read_csv(page.parent / "scores.csv"))
+    return Pipeline(data, backbone, runs, combined, csv if csv.is_file() else None, page, pd.read_csv(page.parent / "scores.csv"))

@@ -312,9 +312,9 @@ def _brand_names(codes: np.ndarray, locale: str) -> list[str]:
     endings = _LAST_ES if locale == "es" else _LAST
     style = str.upper if locale == "jp" else str.capitalize
     return [head[code] if code < _N_HEAD
-            else (_KANA_FIRST[f] + _KANA_MIDDLE[m] + _KANA_LAST[l] if is_kana
-                  else style(_FIRST[f] + _MIDDLE[m] + endings[l])) + suffix
-            for code, f, m, l, is_kana, suffix in zip(codes.tolist(), first, middle, last, kana, house)]
+            else (_KANA_FIRST[f] + _KANA_MIDDLE[m] + _KANA_LAST[z] if is_kana
+                  else style(_FIRST[f] + _MIDDLE[m] + endings[z])) + suffix
+            for code, f, m, z, is_kana, suffix in zip(codes.tolist(), first, middle, last, kana, house)]
 
 # %% ../nbs/01_sample.ipynb #d14ff586
 def true_label(query_type: np.ndarray, wishes: np.ndarray, product_type: np.ndarray, traits: np.ndarray) -> np.ndarray:

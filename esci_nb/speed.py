@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['POOL_SIZE', 'dropout_mask', 'PooledDropout', 'cpu_attention', 'FusedLinear', 'has_fused_linear', 'quicken',
-           'MasterAdamW']
+           'pick_device', 'pick_precision', 'ready', 'MasterAdamW']
 
-# %% ../nbs/07_speed.ipynb #a4554394
+# %% ../nbs/07_speed.ipynb #940d0e2a
 import functools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,41 @@ def quicken(backbone: nn.Module, training: bool) -> nn.Module:
             if hasattr(module, "intermediate_act_fn") and type(getattr(module, "dense", None)) is FusedLinear:
                 module.dense.gelu, module.intermediate_act_fn = True, nn.Identity()
     return backbone
+
+# %% ../nbs/07_speed.ipynb #4e676747
+def pick_device() -> torch.device:
+    "The GPU if one really computes, otherwise the CPU."
+    if torch.cuda.is_available():
+        try:
+            (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
+            return torch.device("cuda")
+        except RuntimeError:
+            pass
+    return torch.device("cpu")
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    "`wanted`, or for `auto` what the device computes fast: bf16, fp16 or fp32."
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+# %% ../nbs/07_speed.ipynb #58f7081b
+def ready(model: nn.Module, precision: str = "auto") -> nn.Module:
+    """Make a `CrossEncoder` one that only predicts, in place: evaluation mode, on the device, its backbone in half precision if that is fast.
+
+    `precision`: auto, bf16, fp16 or fp32; fp16 becomes fp32 on the CPU.
+    """
+    device = pick_device()
+    precision = pick_precision(precision, device)
+    if device.type == "cpu":
+        quicken(model.backbone, training=False)
+        precision = "fp32" if precision == "fp16" else precision
+    model.backbone.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision])
+    return model.to(device).eval()
 
 # %% ../nbs/07_speed.ipynb #bc070ed7
 class MasterAdamW(torch.optim.AdamW):

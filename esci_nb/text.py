@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT_SIGNS', 'clean', 'clean_texts', 'clean_products', 'clean_queries']
 
-# %% ../nbs/02_text.ipynb #b0d594a3
+# %% ../nbs/02_text.ipynb #86d64187
 import html
 import re
 import unicodedata
@@ -26,16 +26,21 @@ _TAG_NAMES = """a abbr acronym address article aside audio b big blockquote body
     ul var video wbr""".split()
 _ATTRIBUTES = (r"""(?:\s+(?:[\w:.@-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)"""
                r"|allowfullscreen|checked|compact|controls|disabled|hidden|noshade|nowrap))*\s*/?")
-_TAG = (rf"(?:/?(?:{'|'.join(_TAG_NAMES)}){_ATTRIBUTES}>|/(?:script|style)\s*>|!--.*?-->|!doctype[^<>]*>"
+_NAME = f"(?:{'|'.join(_TAG_NAMES)})"
+_TAG = (rf"(?:/?{_NAME}{_ATTRIBUTES}>|/(?:script|style)\s*>|!--.*?-->|!doctype[^<>]*>"
         rf"|(script|style){_ATTRIBUTES}>.*?</\1\s*>)")
+# tags torn by spaces, and one that the end of the text cut off; a lone letter between spaces is no tag: a < b > c
+_TORN = re.compile(rf"<\s?(?:/\s?{_NAME}\s?/?\s?|(?=\w\w){_NAME}\s?/?\s?|{_NAME})>", re.IGNORECASE)
+_CUT = re.compile(rf"(?<=\S)\s*(?:</?(?!\w[&/\s]*$){_NAME}|(?<!\w)</?\w|</)\s?/?(?:&(?:g|gt)?)?$", re.IGNORECASE)
 _HAS_TAG = re.compile("<" + _TAG, re.IGNORECASE | re.DOTALL)
 _NO_TAG = re.compile("<(?!" + _TAG + ")", re.IGNORECASE | re.DOTALL)
 _INSIDE_WORD = re.compile(r"</?(?:sub|sup|wbr)\s*/?>", re.IGNORECASE)
-_ENTITY = re.compile(r"&(?:amp;)*(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_ENTITY = re.compile(r"&(?:amp;)*(?:#[0-9]{3,7}(?![0-9;])|(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});)")
 
 # UTF-8 read as another encoding: two neighbours from a Western code page, a control character, or a letter without
 # the \xa0 that belonged to it
 _MAYBE_MOJIBAKE = re.compile(r"[\x80-\u2fff]{2}|[\x80-\x9f]|[ÂÃ] ")
+_LOST_APOSTROPHE = re.compile(r"(?<=[a-z])â€(?=(?:s|t|d|m|re|ve|ll)\b)", re.IGNORECASE)
 _WIDTH_FORMS = re.compile(r"[\uff01-\uffef]+")
 
 KEPT_SIGNS = frozenset("©®™ℹ‼⁉〰〽㊗㊙Ⓜ♀♂♾✖↔↕")
@@ -43,13 +48,13 @@ KEPT_SIGNS = frozenset("©®™ℹ‼⁉〰〽㊗㊙Ⓜ♀♂♾✖↔↕")
 _SIGNS = re.compile("[\u200d\u2139-\u2bff\ufe0f\U000e0020-\U000e007f\U0001f000-\U0001faff]+")
 
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f"
-                        "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e01ef]")
-_BLANK = re.compile("[\x00-\x1f\x7f-\x9f\ue000-\uf8ff\U0001f1e6-\U0001f1ff\U000f0000-\U0010ffff]")
+                        "\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff\U000e0000-\U000e01ef]")
+_BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u115f\u1160\u2800\u3164\uffa0\ue000-\uf8ff\U0001f1e6-\U0001f1ff\U000f0000-\U0010ffff]")
 
-# %% ../nbs/02_text.ipynb #408851f4
+# %% ../nbs/02_text.ipynb #b688a075
 def _without_tags(text: str) -> str:
     "Text of an HTML fragment, a space for each tag; entities and any `<` that is no tag stay as they are."
-    text = _INSIDE_WORD.sub("", text)
+    text = _CUT.sub("", _TORN.sub(" ", _INSIDE_WORD.sub("", text)))
     if not _HAS_TAG.search(text):
         return text
     parser = LexborHTMLParser(_NO_TAG.sub("&lt;", text.replace("&", "&amp;")))
@@ -63,15 +68,15 @@ def _plain_sign(sign: str, _details: dict) -> str:
     return bare if bare in KEPT_SIGNS else " "
 
 
-def _clean_once(text: str) -> str:
-    "One pass of all rules; each expensive one only where a cheap search says that it could matter."
+def _clean_once(text: str, repair: bool) -> str:
+    "One pass of all rules, mojibake if `repair`; each expensive one only where a cheap search says that it could matter."
     if "<" in text:
         text = _without_tags(text)
     if "&" in text:
         text = _ENTITY.sub(lambda found: html.unescape(re.sub("&(?:amp;)+", "&", found[0])), text)
     if not text.isascii():
-        if _MAYBE_MOJIBAKE.search(text):
-            text = ftfy.fix_encoding(text)
+        if repair and _MAYBE_MOJIBAKE.search(text):
+            text = _LOST_APOSTROPHE.sub("’", ftfy.fix_encoding(text))
         text = _WIDTH_FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
         text = _SIGNS.sub(lambda found: emoji.replace_emoji(found[0], _plain_sign), text)
         text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
@@ -85,9 +90,18 @@ def clean(text: str) -> str:
     nothing but tags (with what a script, a style or a comment holds), emoji, spaces and invisible characters."""
     if text.isascii() and text.isprintable() and not ("<" in text or "&" in text or "  " in text):
         return text.strip()
-    before, text = text, _clean_once(text)
+    cleaned = _settled(text, True)
+    if not cleaned:                        # mojibake of an emoji or a space alone stays as it is
+        text = _settled(text, False)
+        cleaned = _settled(text, True) or text
+    return cleaned
+
+
+def _settled(text: str, repair: bool) -> str:
+    "Passes until nothing changes."
+    before, text = text, _clean_once(text, repair)
     while text != before:
-        before, text = text, _clean_once(text)
+        before, text = text, _clean_once(text, repair)
     return text
 
 # %% ../nbs/02_text.ipynb #ef144793

@@ -7,6 +7,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "2"
 ROOT = Path(__file__).resolve().parent.parent
+QUICK = {"epochs": 1, "precision": "fp32", "max_length": 32, "text_fields": "title"}
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,11 @@ def tiny_files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "files"
     write_sample(folder, scale=0.0006)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tiny_files, tmp_path_factory):
+    "One demo run over the tiny files."
+    from esci_nb.runs import pipeline
+    outputs = tmp_path_factory.mktemp("work") / "outputs"
+    return pipeline(str(tiny_files), n_folds=2, outputs=outputs, **QUICK)

@@ -133,7 +133,7 @@ WORDS = {
     "unknown notebook parameter": (["run", "train", "--set", "folds=1"], "folds"),
     "notebook parameter of the wrong type": (["run", "train", "--set", "fold=one"], "fold"),
     "data folder that is none": (["run", "train", "--set", "data=/tmp", "outputs=OUT"], "/tmp"),
-    "runs that are none": (["run", "ensemble", "--set", 'runs=["/tmp"]', "outputs=OUT"], "/tmp"),
+    "runs that are none": (["run", "ensemble", "--set", 'runs=["/tmp"]', "data=/tmp", "outputs=OUT"], "/tmp"),
     "no runs": (["run", "ensemble"], "runs"),
     "grid with an unknown recipe": (["grid", "sample", "--backbones", "x", "--recipes", "fgmm"], "fgmm"),
     "sample of no size": (["sample", "OUT/s", "--scale", "0"], "scale"),

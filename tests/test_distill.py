@@ -300,7 +300,7 @@ def test_reading_pseudo_labels(tmp_path, data, probs):
     tables = pseudo_predictions([make_run(tmp_path, data, probs, fold) for fold in (0, 1)], data)
     chosen = {fold: table.iloc[select_pseudo(table)] for fold, table in tables.items()}
     folder = written(tmp_path / "pseudo", "pseudo", data, chosen)
-    for fold, table in chosen.items():
+    for fold in chosen:
         positions, targets = read_pseudo_labels(folder, data, fold)
         assert 0 < len(positions) < len(tables[fold]) and (targets.max(1) > 0.7).all()
         np.testing.assert_array_equal(targets, probs[positions])

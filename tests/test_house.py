@@ -41,6 +41,12 @@ def test_notebooks_clean(copy):
     assert before and not dirty, f"run nbdev_clean: {dirty}"
 
 
+def test_lint():
+    found = subprocess.run([BIN / "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise", "nbs", "tests"], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text() == readme_text(), "run make readme"
 

@@ -7,7 +7,7 @@ import pytest
 
 from esci_nb.data import InputError
 from esci_nb.metrics import GAINS_SWAPPED, gains_of, ndcg
-from esci_nb.submission import check_submission, rank, ranking_score, write_submission
+from esci_nb.submission import check_submission, find_files, rank, ranking_score, read_candidates, write_submission
 
 PRODUCT_IDS = ["B01", "0012", "NA", "null", 'a,"b"']
 GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
@@ -121,3 +121,79 @@ def test_the_file_scores_what_the_probabilities_score(tmp_path):
     read = pd.read_csv(write_submission(frame, tmp_path / "s.csv")).merge(frame, on=["query_id", "product_id"])
     through_file = ndcg(read.query_id, read.gain, -np.arange(len(read)))
     pd.testing.assert_series_equal(direct, through_file)
+
+
+def test_a_test_file_as_large_as_the_real_one(tmp_path):
+    "14,496 lists in the real shares of the locales, as the zipped file of the competition: read, written, checked, found wrong."
+    from esci_nb.sample import make_sample
+    examples = make_sample(scale=0.01).examples
+    lists = examples[(examples["small_version"] == 1) & (examples["split"] == "test")]
+    parts, first = [], 0
+    for locale, number in (("us", 8_956), ("es", 2_417), ("jp", 3_123)):
+        own = lists[lists["product_locale"] == locale]
+        codes = pd.factorize(own["query_id"])[0]
+        times = -(-number // (codes.max() + 1))
+        copy = np.repeat(np.arange(times), len(own)) * (codes.max() + 1) + np.tile(codes, times)
+        part = pd.DataFrame({"query_id": first + copy, "query": np.tile(own["query"], times), "query_locale": locale,
+                             "product_id": np.tile(own["product_id"], times)})
+        parts.append(part[copy < number].assign(query=lambda rows: rows["query"] + " " + rows["query_id"].astype(str)))
+        first += number
+    v03 = pd.concat(parts, ignore_index=True)
+    v03.to_csv(tmp_path / "test_public-v0.3.csv.zip", index=False)
+    candidates = read_candidates(tmp_path / "test_public-v0.3.csv.zip")
+    assert candidates["query_id"].nunique() == 14_496 and 250_000 < len(candidates) < 400_000
+    probs = candidates.assign(**dict(zip(("p_E", "p_S", "p_C", "p_I"), np.random.default_rng(0).dirichlet(np.ones(4), len(candidates)).T)))
+    path = write_submission(probs, tmp_path / "submission.csv")
+    counts = check_submission(path, candidates, ranking_score(probs))
+    assert counts["rows"] == len(candidates) and counts["queries"] == 14_496 and counts["interleaved_queries"] == 0
+    whole = path.read_text()
+    path.write_text(whole[:whole.rindex("\n", 0, -1) + 1])
+    with pytest.raises(InputError, match=f"lacks 1 of {len(candidates)} candidates"):
+        check_submission(path, candidates)
+
+
+@pytest.mark.parametrize("score, part", [([.9, .8, .7, .6, .5], None), ([.9, .9, .9, .1, .1], None),
+                                         ([.1, .2, .3, .6, .5], "does not rank best first in 2 row.s. of 1 queries")])
+def test_order_is_checked_where_scores_are_given(tmp_path, probs, score, part):
+    path = write_submission(probs, tmp_path / "submission.csv")
+    if part is None:
+        assert check_submission(path, probs, np.array(score))["rows"] == 5
+    else:
+        with pytest.raises(InputError, match=part):
+            check_submission(path, probs, np.array(score))
+
+
+def put(folder: Path, name: str, **columns) -> None:
+    pd.DataFrame(columns).to_csv(folder / name, index=False)
+
+
+PAIR = {"query": ["a"], "query_locale": ["us"], "product_id": ["1"]}
+CATALOGUE = {"product_id": ["1"], "product_title": ["x"], "product_locale": ["us"]}
+
+
+def test_files_are_found_by_their_columns(tmp_path):
+    (tmp_path / "deep").mkdir()
+    put(tmp_path, "train-v0.3.csv", **PAIR, esci_label=["exact"])
+    put(tmp_path, "sample_submission.csv", product_id=["1"], query_id=[1])
+    put(tmp_path / "deep", "to_rank.csv", **PAIR)
+    put(tmp_path / "deep", "things.csv", **CATALOGUE)
+    (tmp_path / "notes.txt").write_text("not a table")
+    found = find_files(tmp_path)
+    assert found.lists.name == "to_rank.csv" and [path.name for path in found.catalogues] == ["things.csv"]
+    put(tmp_path, "test_private.csv", **PAIR)
+    with pytest.raises(InputError, match="holds 2 files with test lists"):
+        find_files(tmp_path)
+    assert find_files(tmp_path, "*private*").lists.name == "test_private.csv"
+    with pytest.raises(InputError, match="no catalogue"):
+        find_files(tmp_path, "*private*", "catalogue*")
+    with pytest.raises(InputError, match="There is no folder"):
+        find_files(tmp_path / "nowhere")
+
+
+def test_a_file_without_test_lists_is_refused(tmp_path, tiny_files):
+    examples = pd.read_parquet(tiny_files / "shopping_queries_dataset_examples.parquet")
+    assert len(read_candidates(tiny_files / "shopping_queries_dataset_examples.parquet")) == (
+        (examples["split"] == "test") & (examples["small_version"] == 1)).sum()
+    examples[examples["split"] == "train"].to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="holds no list to rank"):
+        read_candidates(tmp_path / "train.parquet")

@@ -1,0 +1,376 @@
+"""Many runs: the grid file and its plan, workers, locks, and runs that read some locales only."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from conftest import QUICK, ROOT
+
+from esci_nb import grid as grids
+from esci_nb import runs
+from esci_nb.cli import main
+from esci_nb.data import LOCALES, InputError
+from esci_nb.distill import locales_of, read_soft_labels, read_teachers
+from esci_nb.grid import Grid, change_grid, plan_costs, plan_runs, read_costs, read_grid, run_jobs, wall_hours, worker_slots
+from esci_nb.pseudo import pseudo_predictions
+from esci_nb.runs import Job, folder_lock, is_locked, open_data
+
+WWW = ROOT / "nbs" / "grids" / "www.toml"
+QUICK_WORDS = [f"{name}={value}" for name, value in QUICK.items()]
+
+
+def python(code: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **options)
+
+
+def wait_for(what, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    "A finished data folder of 12 us and 6 jp train rows and some test rows, without text."
+    rows = pd.DataFrame({"query_id": range(24), "query": [f"query {i}" for i in range(24)], "source": "task1",
+                         "product_locale": ["us", "us", "us", "us", "jp", "jp"] * 4, "split": ["train"] * 18 + ["test"] * 6})
+    rows["fold"] = np.where(rows["split"] == "train", rows.index // 6, -1)
+    folder = tmp_path / "outputs" / "data" / "tiny"
+    runs.save_data(folder, rows, rows[["product_locale"]], {"n_folds": 3, "source": "tiny"})
+    (folder / "DONE").touch()
+    return folder
+
+
+# The winning file, small and real
+
+def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, capsys):
+    outputs = made.data.parents[1]
+    words = ["grid", str(WWW), str(tiny_files), "--backbones", "small", "--recipes", "www", "--folds", "0", "--n-folds", "2",
+             "--data-set", "markers=false", "--outputs", str(outputs), "--set", *QUICK_WORDS, "locales=us"]
+    assert main([*words, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "6 jobs, 0 of them done; 1 runs are wanted, 3 more teach them" in planned and "hours of work" in planned
+    assert main([*words, "--workers", "2"]) == 0
+    said = capsys.readouterr()
+    assert "no ensemble www: no run reads es, jp" in said.err
+    student = Path(said.out.strip().split("\n")[-1])
+    data = open_data(made.data, ["us"])
+    config = json.loads((student / "config.json").read_text())
+    recipe = config["recipe"]
+    assert recipe["name"] == "www" and config["locales"] == recipe["locales"] == ["us"]
+    oof, test = (pd.read_parquet(student / f"{part}.parquet") for part in ("oof", "test"))
+    assert set(oof["product_locale"]) == set(test["product_locale"]) == {"us"}
+    assert sorted(oof["example_id"]) == sorted(data.rows["example_id"].iloc[data.held_out(0)])
+    assert sorted(test["example_id"]) == sorted(data.rows["example_id"].iloc[data.test])
+    teachers = sorted(outputs.glob("runs/www_first-*-f0t*"))
+    assert len(teachers) == 3 and all((run / "DONE").exists() and locales_of([run]) == ("us",) for run in teachers)
+    own, labelled = set(oof["query_id"]), []
+    for run in teachers:
+        inner = pd.read_parquet(run / "inner.parquet")
+        assert not own & set(inner["query_id"]) and set(pd.read_parquet(run / "oof.parquet")["query_id"]) == own
+        labelled += inner["example_id"].tolist()
+    assert sorted(labelled) == sorted(data.rows["example_id"].iloc[data.train(0)])
+    soft = pd.read_parquet(f"{recipe['soft_labels']}/soft.parquet")
+    assert sorted(soft["example_id"]) == sorted(labelled) and set(soft["fold"]) == {0}
+    pseudo = pd.read_parquet(f"{recipe['pseudo_labels']}/pseudo.parquet")
+    assert set(pseudo["example_id"]) <= set(test["example_id"])
+    metrics = json.loads((student / "metrics.json").read_text())
+    assert metrics["train_rows"] == len(data.train(0)) and metrics["pseudo_rows"] == (pseudo["fold"] == 0).sum()
+    assert not list(outputs.rglob("LOCK"))
+    # everything is done, and the plan knows it
+    assert main([*words, "--plan"]) == 0 and "6 jobs, 6 of them done" in capsys.readouterr().out
+    assert main(words) == 0 and capsys.readouterr().out.strip() == str(student)
+    # labels of us rows are for us students
+    with pytest.raises(InputError, match="soft labels for us and not for all locales"):
+        read_soft_labels(recipe["soft_labels"], open_data(made.data), 0)
+    for read in (read_teachers, pseudo_predictions):
+        with pytest.raises(InputError, match="trained on us and not on all locales"):
+            read(teachers, open_data(made.data))
+
+
+def test_finished_runs_make_their_ensemble(made, tiny_files, tmp_path, capsys):
+    (tmp_path / "grid.toml").write_text('[data]\nn_folds = 2\n[[backbone]]\nname = "small"\n[[ensemble]]\nname = "mean"\n')
+    before = {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+    assert main(["grid", str(tmp_path / "grid.toml"), str(tiny_files), "--outputs", str(made.data.parents[1]), "--set", *QUICK_WORDS]) == 0
+    assert capsys.readouterr().out.split() == [str(folder) for folder in (*made.runs, made.ensemble)]
+    assert before == {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+
+
+def test_ctrl_c_stops_all_workers(made, tiny_files):
+    outputs = made.data.parents[1]
+    words = ["grid", str(tiny_files), "--backbones", "small", "--n-folds", "2", "--seeds", "8", "--workers", "2", "--outputs", str(outputs),
+             "--set", *QUICK_WORDS, "epochs=90"]
+    words.remove(f"epochs={QUICK['epochs']}")
+    grid = python(f"import sys; from esci_nb.cli import main; sys.exit(main({words!r}))", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                  text=True)
+    family = []
+    try:
+        def kernels() -> int:
+            found = 0
+            for one in psutil.Process(grid.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    found += "ipykernel_launcher" in one.cmdline()
+                    family.append(one)
+            return found
+        wait_for(lambda: kernels() == 2)
+        folders = [path.parent for path in outputs.glob("runs/*-s8-*/LOCK")]
+        assert len(folders) == 2 and all(map(is_locked, folders))
+        grid.send_signal(signal.SIGINT)
+        _, said = grid.communicate(timeout=60)
+        assert grid.returncode == 130 and "goes on where it stopped" in said and "Traceback" not in said
+        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert not any(map(is_locked, folders)) and not any((folder / "DONE").exists() for folder in folders)
+    finally:
+        for one in (*family, grid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+# Locks
+
+def test_lock_of_a_killed_owner_is_taken_over(tmp_path):
+    code = ("import sys, time; from esci_nb.runs import folder_lock\n"
+            f"with folder_lock({str(tmp_path / 'run')!r}): print('mine', flush=True); time.sleep(60)")
+    owner = python(code, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "mine\n" and is_locked(tmp_path / "run")
+    assert (tmp_path / "run" / "LOCK").read_text() == f"{owner.pid}\n"
+    owner.kill()
+    owner.wait()
+    assert (tmp_path / "run" / "LOCK").exists() and not is_locked(tmp_path / "run")
+    with folder_lock(tmp_path / "run"):
+        assert (tmp_path / "run" / "LOCK").read_text() == f"{os.getpid()}\n"
+    assert not (tmp_path / "run" / "LOCK").exists()
+
+
+def test_many_owners_one_at_a_time(tmp_path):
+    code = ("import os, time; from pathlib import Path; from esci_nb.runs import folder_lock\n"
+            f"folder, inside = Path({str(tmp_path / 'run')!r}), Path({str(tmp_path / 'inside')!r})\n"
+            "for _ in range(40):\n"
+            "    with folder_lock(folder):\n"
+            "        os.close(os.open(inside, os.O_CREAT | os.O_EXCL)); time.sleep(0.001); inside.unlink()")
+    owners = [python(code, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [owner.communicate(timeout=120)[1] for owner in owners] == [""] * 2
+    assert [owner.returncode for owner in owners] == [0] * 2
+
+
+def test_two_callers_of_one_stage_run_it_once(made, tmp_path):
+    code = ("from pathlib import Path; from esci_nb.runs import ensemble\n"
+            f"ensemble([Path(run) for run in {[str(run) for run in made.runs]!r}], Path({str(made.data)!r}), name='twice', "
+            f"outputs=Path({str(tmp_path)!r}))")
+    callers = [python(code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [caller.communicate(timeout=240)[0] for caller in callers]
+    assert [caller.returncode for caller in callers] == [0, 0], said
+    assert sum("members: " in text for text in said) == 1 and sum("is at work on it; waiting" in text for text in said) <= 1
+    folder, = (tmp_path / "ensembles").iterdir()
+    assert (folder / "DONE").exists() and not (folder / "LOCK").exists() and not list(folder.glob(".*part"))
+
+
+# Workers
+
+class Toy:
+    "A worker that needs three looks; the job `bad` fails."
+    running, most, order = 0, 0, []
+
+    def __init__(self, job, environment):
+        self.job, self.looks, self.failure = job, 0, None
+        Toy.running += 1
+        Toy.most = max(Toy.most, Toy.running)
+        Toy.order.append(job.folder.name)
+
+    def ended(self):
+        self.looks += 1
+        if self.looks == 3:
+            Toy.running -= 1
+            self.failure = RuntimeError("it broke") if self.job.folder.name == "bad" else None
+        return self.looks == 3
+
+    def stop(self):
+        Toy.order.append(f"stop {self.job.folder.name}")
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    "Makes jobs from names and needs; they are run by `Toy`."
+    monkeypatch.setattr(grids, "Worker", Toy)
+    monkeypatch.setattr(grids.time, "sleep", lambda seconds: None)
+    Toy.running, Toy.most, Toy.order = 0, 0, []
+    return lambda **needs: [Job("toy", tmp_path / name, {}, tuple(tmp_path / need for need in after.split())) for name, after in needs.items()]
+
+
+def test_jobs_wait_for_their_needs_and_failures_stay_alone(toys, tmp_path):
+    jobs = toys(a="", bad="", b="a", c="bad b", d="c", e="")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "DONE").touch()
+    failed = run_jobs(jobs, [{"OMP_NUM_THREADS": "1"}] * 2)
+    assert Toy.order == ["a", "bad", "b"] and Toy.most == 2
+    assert {folder.name: str(error).split(",")[0] for folder, error in failed.items()} == {
+        "bad": "it broke", "c": "c was not run: it needs bad", "d": "d was not run: it needs c"}
+
+
+def test_a_job_of_another_grid_is_left_to_it(toys, tmp_path, monkeypatch):
+    looks = []
+
+    def locked(folder):
+        looks.append(folder.name)
+        if len(looks) > 6:
+            (tmp_path / "a").mkdir(exist_ok=True)
+            (tmp_path / "a" / "DONE").touch()
+        return folder.name == "a"
+    monkeypatch.setattr(runs, "is_locked", locked)
+    assert not run_jobs(toys(a="", b="", c="a"), [{"OMP_NUM_THREADS": "1"}])
+    assert Toy.order == ["b", "c"]
+
+
+def test_an_ordinary_kill_stops_the_workers_too(toys, monkeypatch):
+    monkeypatch.setattr(Toy, "ended", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(toys(a="", b=""), [{"OMP_NUM_THREADS": "1"}] * 2)
+    assert Toy.order == ["a", "b", "stop a", "stop b"] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_worker_brings_back_what_went_wrong(tmp_path, capfd):
+    job = Job("ensemble", tmp_path / "out", {"runs": [str(tmp_path)], "outputs": str(tmp_path)})
+    failed = run_jobs([job], [{"OMP_NUM_THREADS": "1"}])
+    assert isinstance(failed[job.folder], InputError) and "is no finished" in str(failed[job.folder])
+    assert not job.folder.exists()
+
+
+def test_one_worker_a_gpu(monkeypatch):
+    import torch
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots()] == ["0", "1", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots(1)] == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots()] == ["5", "7"]
+    with pytest.raises(InputError, match="3 workers were asked for and there are 2 GPUs"):
+        worker_slots(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert worker_slots() == worker_slots(1) == [{}]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert worker_slots() == [{}] and worker_slots(2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    with pytest.raises(InputError, match="0 workers"):
+        worker_slots(0)
+
+
+# Plans and costs
+
+def test_winning_file_names_what_there_is():
+    www = read_grid(WWW)
+    assert dict(www.backbones)["microsoft/deberta-v3-large"]["locales"] == ["us"] and len(www.backbones) == 4
+    assert www.recipes == ("www_first", "www") and [table["name"] for table in www.ensembles] == ["www_first", "www"]
+    small = change_grid(www, ["x"], ["www"], None, [1], {"n_folds": 2}, epochs=1)
+    assert small.backbones == (("x", {"epochs": 1}),) and small.data["n_folds"] == 2 and small.ensembles == ({"name": "www", "recipes": ["www"]},)
+
+
+def test_plan_shares_teachers_and_keeps_locales_apart(data):
+    grid = Grid((("some/model", {}), ("english", {"locales": ["us"]})), ("www_first", "www", "distill"), (0, -1))
+    plan = plan_runs(grid, data, data.parents[1])
+    assert len(plan.runs) == 12 and len({job.folder for job in plan.jobs}) == len(plan.jobs)
+    places = {job.folder: number for number, job in enumerate(plan.jobs)}
+    assert all(places[need] < places[job.folder] for job in plan.jobs for need in job.needs)
+    for job in plan.jobs:
+        recipe = plan.recipes.get(job.folder)
+        if recipe is not None:
+            assert recipe.locales == (("us",) if recipe.backbone == "english" else ())
+            sources = [plan.recipes[teacher] for need in job.needs for other in plan.jobs if other.folder == need for teacher in other.needs]
+            assert all((source.backbone, source.locales) == (recipe.backbone, recipe.locales) for source in sources)
+    # of each backbone: www_first 0 and -1; its folds for the final students; three teachers of www and of distill; four students
+    kinds = [recipe for recipe in plan.recipes.values() if recipe.backbone == "english"]
+    assert sorted((one.name, one.fold, one.teacher) for one in kinds) == sorted(
+        [("www_first", fold, -1) for fold in (-1, 0, 1, 2)] + [("baseline", fold, -1) for fold in range(3)]
+        + [(name, 0, teacher) for name in ("www_first", "baseline") for teacher in range(3)]
+        + [(name, fold, -1) for name in ("www", "distill") for fold in (0, -1)])
+
+
+def test_hours_follow_from_rows_and_rate(data):
+    costs = read_costs()
+    plan = plan_runs(Grid((("m", {"epochs": 3}), ("us-m", {"epochs": 3, "locales": "us"})), ("baseline", "fgm", "www"), (1,)), data, data.parents[1])
+    table = plan_costs(plan, {"": 10.0, "us-m": 20.0}, costs)
+
+    def part(recipe: str, backbone: str) -> pd.DataFrame:
+        return table[(table["recipe"] == recipe) & (table["backbone"] == backbone)]
+    one = part("fgm", "m").iloc[0]
+    assert (one["rows"], one["predicted"], one["passes"]) == (12, 12, 36)
+    assert np.isclose(one["hours"] * 3600 * 10, 36 * costs.adversary["fgm"] + 12 * costs.predict)
+    assert part("baseline", "us-m")[["rows", "predicted", "pairs/s"]].to_numpy().tolist() == [[8, 8, 20]]
+    teachers = part("www_first", "m")
+    assert teachers["rows"].sum() == 2 * 12 and (teachers["rows"] + teachers["predicted"] == 12 + 6 + 6).all()
+    assert part("www", "m")["rows"].item() == 12 + 6  # every test row may become a pseudo label
+    jobs = plan_costs(plan, {"": 10.0}, costs)
+    assert np.isclose(wall_hours(plan, jobs, 1), jobs["hours"].sum())
+    chain = jobs[jobs["round"] == "teachers"]["hours"].max() + jobs[jobs["round"] == "second"]["hours"].max()
+    assert np.isclose(wall_hours(plan, jobs, 50), chain) and wall_hours(plan, jobs, 2) < jobs["hours"].sum()
+
+
+def test_rate_of_finished_runs_and_of_the_benchmark(data):
+    costs, outputs = read_costs(), data.parents[1]
+    grid = Grid((("cross-encoder/ms-marco-MiniLM-L12-v2", {}), ("google/rembert", {"gradient_checkpointing": True})), ("awp",), (0,))
+    plan = plan_runs(grid, data, outputs)
+    first = plan_costs(plan, costs=costs)
+    assert first["source"].str.startswith("bench.csv").all() and first["pairs/s"].iloc[0] > 20 * first["pairs/s"].iloc[1] > 0
+    runs.write_json({"recipe": {"backbone": "google/rembert", "max_length": 256, "gradient_checkpointing": True, "adversary": "awp"}},
+                    outputs / "runs" / "old" / "config.json")
+    runs.write_json({"pairs_per_second": 100.0, "steps": 8, "attacks": 4}, outputs / "runs" / "old" / "metrics.json")
+    (outputs / "runs" / "old" / "DONE").touch()
+    second = plan_costs(plan, costs=costs).iloc[1]
+    assert second["source"] == "finished runs" and np.isclose(second["pairs/s"], 100 * (1 + (costs.adversary["awp"] - 1) / 2))
+    unknown = plan_runs(Grid((("no/such", {}),)), data, outputs)
+    with pytest.raises(InputError, match="--rate no/such=PAIRS_A_SECOND"):
+        plan_costs(unknown, costs=costs)
+
+
+MISTAKES = {
+    "no such file": (None, "/no/such.toml"),
+    "no toml": ("recipes = [", "not valid TOML"),
+    "unknown key": ("recipe_names = ['www']", "recipe_names"),
+    "unknown key of a backbone": ("[[backbone]]\nname = 'a'\nbatchsize = 3", "batchsize"),
+    "unknown key of the data": ("[data]\nfolds = 3\n[[backbone]]\nname = 'a'", "folds"),
+    "unknown key of an ensemble": ("[[backbone]]\nname = 'a'\n[[ensemble]]\nname = 'x'\nweigths = 1", "weigths"),
+    "unknown recipe": ("recipes = ['wwww']\n[[backbone]]\nname = 'a'", "wwww"),
+    "unknown locale": ("[[backbone]]\nname = 'a'\nlocales = ['uk']", "uk"),
+    "what the grid fills in": ("[recipe]\nteacher = 1\n[[backbone]]\nname = 'a'", "teacher"),
+    "ensemble of an untrained recipe": ("[[backbone]]\nname = 'a'\n[[ensemble]]\nname = 'x'\nrecipes = ['www']", "www"),
+    "a list that is none": ("folds = 1\n[[backbone]]\nname = 'a'", "folds"),
+    "a backbone twice": ("[[backbone]]\nname = 'a'\n[[backbone]]\nname = 'a'", "twice"),
+    "no backbone": ("recipes = ['www']", "backbones"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_file(mistake, tmp_path, capsys):
+    text, named = MISTAKES[mistake]
+    path = Path("/no/such.toml") if text is None else tmp_path / "grid.toml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["grid", str(path), "sample", "--outputs", str(tmp_path / "outputs")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("esci-nb: ") and named in said and "\n" not in said and said.endswith(".")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("words, named", [(["--rate", "fast"], "fast"), (["--workers", "0"], "0 workers"), (["--set", "seed=3"], "seed")])
+def test_mistakes_on_the_command_line(words, named, tmp_path, capsys):
+    assert main(["grid", "sample", "--backbones", "x", "--outputs", str(tmp_path / "outputs"), "--plan", *words]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "outputs").exists()
+
+
+def test_data_without_the_locale(data):
+    plan = Grid((("m", {"locales": "es"}),))
+    with pytest.raises(InputError, match="no train rows of the locale 'es'; it has jp, us"):
+        plan_runs(plan, data, data.parents[1])
+    us = open_data(data, ["us"])
+    assert set(us.rows["product_locale"]) == {"us"} and us.locales == ("us",) and len(us.rows) == 16 and set(LOCALES) > {"us"}

@@ -1,0 +1,78 @@
+"""What is packed is what was trained: a packed ensemble ranks fresh files as the ensemble did; anything broken is refused."""
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from esci_nb.cli import main
+from esci_nb.data import InputError
+from esci_nb.inference import rank_lists
+from esci_nb.package import MANIFEST, open_package
+from esci_nb.submission import PROB_COLUMNS, find_files, read_candidates
+
+
+@pytest.fixture(scope="module")
+def packed(made, tmp_path_factory):
+    "The demo's ensemble, packed by the command."
+    folder = tmp_path_factory.mktemp("packed") / "package"
+    assert main(["pack", str(made.ensemble), "--to", str(folder)]) == 0
+    return folder
+
+
+def test_a_packed_ensemble_ranks_as_the_ensemble_did(made, packed, tiny_files, tmp_path):
+    files = find_files(tiny_files)
+    ranking = rank_lists(open_package(packed), read_candidates(files.lists), files.catalogues, tmp_path / "submission.csv", 3600)
+    trained = pd.read_parquet(made.ensemble / "test.parquet").set_index("example_id")
+    fresh = ranking.rows.set_index("example_id").loc[trained.index]
+    assert np.allclose(fresh[list(PROB_COLUMNS)], trained[list(PROB_COLUMNS)], atol=1e-5)
+    assert set(ranking.stories["state"]) == {"used"} and len(ranking.stories) == len(made.runs)
+    assert (tmp_path / "submission.csv").read_bytes() == made.submission.read_bytes()
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(packed):
+    wheel, = packed.glob("*.whl")
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert names == {"esci_nb", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
+    assert "esci_nb/inference.py" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_scores_of_all_folds_stand_in_the_manifest(made, packed):
+    models = json.loads((packed / MANIFEST).read_text())["models"]
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in made.runs]
+    over_all = sum(one["oof_ndcg"] * one["oof_lists"] for one in metrics) / sum(one["oof_lists"] for one in metrics)
+    assert {round(model["cv"], 9) for model in models} == {round(over_all, 9)}
+    assert all(sum(model["weights"][locale] for model in models) == pytest.approx(1) for locale in ("us", "es", "jp"))
+
+
+@pytest.mark.parametrize("broken, part", [
+    (lambda folder: next(folder.glob("models/*/model.safetensors")).write_bytes(b"short"), "is broken: its sha256"),
+    (lambda folder: next(folder.glob("models/*/tokenizer.json")).unlink(), "is missing"),
+    (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read as JSON"),
+    (lambda folder: (folder / MANIFEST).write_text('{"format": 99, "models": [1]}'), "format 99"),
+])
+def test_a_broken_package_is_refused_in_one_sentence(packed, tmp_path, broken, part):
+    import shutil
+    copy = tmp_path / "package"
+    shutil.copytree(packed, copy)
+    broken(copy)
+    with pytest.raises(InputError, match=part) as caught:
+        open_package(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_packed_is_refused_and_nothing_is_written(made, packed, tmp_path, capsys):
+    for words, part in (([str(tmp_path), "--to", str(tmp_path / "a")], "is no finished run"),
+                        ([str(made.ensemble), "--to", str(packed)], "is not an empty folder"),
+                        ([str(made.ensemble), str(made.runs[0]), "--to", str(tmp_path / "a")], "is an ensemble and 1 more")):
+        assert main(["pack", *words]) == 2
+        said = capsys.readouterr().err
+        assert part in said and said.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_the_package_chapter_waits_for_torch():
+    code = "import sys, esci_nb.package; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,106 @@
+"""Properties of cleaning that must hold for any text at all."""
+import unicodedata
+
+import emoji
+import pandas as pd
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from esci_nb.data import InputError
+from esci_nb.text import KEPT_SIGNS, clean, clean_products, clean_queries, clean_texts
+
+ANY = st.characters(exclude_categories=())   # surrogates, private use and unassigned characters, too
+PIECES = st.sampled_from([
+    "<", ">", "</", "/>", "&", ";", "#", "=", "\"", "'", " ", "\n", "b", "3", "<b>", "</ b>", "<br / >", "< br", "<p", "<!--", "-->", "<script>",
+    "</script>", "<style x=", "</style >", "<td>", "<table", "&lt;", "&gt", "&amp;", "&#60", "&#x3c;", "&#10004", "&nbsp;", "&zwj;", "&NotEqualTilde;",
+    "Ã³", "â€™", "â€s", "Ã ", "Â ", "Â", "ï»¿", "＜", "＆", "ｶﾞ", "ﾞ", "ﾠ", "㍍", "①", "❶", "©", "™", "™️", "👍🏽", "👨‍👩‍👧", "🇪", "🇸", "3️⃣", "*️⃣", "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "\u200d", "\ufe0f", "\u20e3", "\u200b", "\ufeff", "\xad", "\u202e", "\u3000", "\xa0", "\u2028", "\x85", "\x00", "\ud83d", "\ude00", "\ue000", "\ufffd",
+    "\u115f", "\u3164", "\u2800", "e\u0301", "A\u030a", "\u0958", "\ufb2c", "\U0001d160", "。", "ー", "〜", "「", "カ", "黒", "ñ"])
+TEXTS = st.one_of(st.text(ANY, max_size=40), st.lists(PIECES, max_size=16).map("".join),
+                  st.lists(st.one_of(PIECES, st.text(ANY, max_size=3)), max_size=12).map("".join))
+INVISIBLE_LETTERS = "\u115f\u1160\u3164\uffa0"
+
+
+@settings(max_examples=250, deadline=None)
+@given(text=TEXTS)
+@example("&amp;amp;lt;b&amp;amp;gt;")
+@example("<<b>b>")
+@example("Ã\u200b³")
+@example("Â Â ")
+def test_cleaning_is_idempotent_and_bounded(text):
+    once = clean(text)
+    assert clean(once) == once
+    assert len(once) <= 3 * len(text)            # a composed character may fall into three
+    assert once == once.strip() and "  " not in once and unicodedata.is_normalized("NFC", once)
+    assert not any(unicodedata.category(char) in ("Cc", "Cs", "Co") for char in once)
+
+
+def visible_letters(text: str) -> list[str]:
+    "Letters that show something."
+    return [char for char in text if unicodedata.category(char)[0] == "L" and char not in INVISIBLE_LETTERS]
+
+
+@settings(max_examples=250, deadline=None)
+@given(text=TEXTS.map(lambda text: text.translate({ord("<"): " ", ord("＜"): " ", ord("&"): " ", ord("＆"): " "})))
+@example("Â ")
+@example("ï»¿")
+@example("Ã‚Â\xa0")
+@example("ðŸ˜€")
+@example("ð\u200bŸ˜€")
+def test_a_text_with_letters_is_never_emptied(text):
+    if visible_letters(text):
+        assert clean(text) != ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(left=TEXTS, right=TEXTS)
+def test_a_word_outside_of_tags_stays(left, right):
+    text = f"kettle {left} kettle {right} kettle"
+    swallowing = any(mark in text.lower() for mark in ("<!", "script", "style", "=", "&lt", "&amp", "&#", "＜", "<", "＆", "&"))
+    assert clean(text).count("kettle") == 3 or swallowing
+    assert clean(text).startswith("kettle")
+
+
+@pytest.mark.parametrize("kept", ["™", "®", "©", "3", "#", "*", "。", "、", "「」", "【】", "・", "ー", "〜", "〽", "㊗", "½", "②", "㎝", "★", "♪", "→", "°", "µ"])
+def test_signs_that_are_text_stay(kept):
+    assert clean(f"a {kept} b") == f"a {kept} b"
+
+
+@pytest.mark.parametrize("gone", ["😀", "❤️", "❤", "👍🏽", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇪🇸", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "🧑🏿‍🚀", "✅", "⭐", "🈶", "\u200d", "\ufe0f", "🏽", "🇪"])
+def test_emoji_of_every_form_go(gone):
+    assert clean(f"a {gone} b") == "a b"
+    assert clean(f"Lamp{gone}™") == "Lamp ™" if gone.strip("\u200d\ufe0f") else "Lamp™"
+
+
+@pytest.mark.parametrize("dirty, expected", [
+    ("3️⃣ 0⃣ #️⃣", "3 0 #"), ("™️ ©️ ®️", "™ © ®"), ("ＵＳＢ　ｹｰﾌﾞﾙ（１ｍ）", "USB ケーブル(1m)"), ("パナソニック・「黒」ー〜", "パナソニック・「黒」ー〜"),
+    ("<p>a<b>b</p>c</b>", "a b c"), ("<div><div>x</div>", "x"), ("x<br / >y</ b>z", "x y z"), ("oak.<br", "oak."), ("oak</li&", "oak"),
+    ("<10 in, 5 < 6 > 4, a<b and c>d", "<10 in, 5 < 6 > 4, a<b and c>d"), ("<script>if (a<b) x()</script>mug", "mug"),
+    ("<STYLE type='text/css'>p {}</STYLE >mug", "mug"), ("a &lt;b&gt;c&lt;/b&gt; &amp;amp; &#38; d", "a c & & d"), ("AT&T R&D &copy", "AT&T R&D &copy"),
+    ("protecciÃ³n tamaÃ±o Womenâ€™s petâ€s", "protección tamaño Women’s pet’s"), ("a\u200bb\u00adc\ufeff\u2003d\u3000e\xa0f", "abc d e f")])
+def test_examples(dirty, expected):
+    assert clean(dirty) == expected
+
+
+def test_every_emoji_leaves_only_what_is_text():
+    for sign in emoji.EMOJI_DATA:
+        bare = sign.replace("\ufe0f", "")
+        assert clean(f"x {sign}") == ("x " + bare if bare in KEPT_SIGNS else "x " + sign[0] if sign[0].isascii() else "x"), sign
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(TEXTS.map(lambda text: text.encode("utf-8", "ignore").decode()), min_size=1, max_size=6))
+def test_columns_clean_as_texts_do(values):
+    series = pd.Series(values, index=range(5, 5 + len(values)), dtype="str")
+    assert clean_texts(series).tolist() == [clean(text) for text in values]
+    queries = clean_queries(pd.DataFrame({"query": values}))["query"]
+    assert all(after or not before.split() for before, after in zip(values, queries)), "a query never becomes empty"
+
+
+def test_bad_tables_are_refused():
+    with pytest.raises(InputError, match="lack the column query"):
+        clean_queries(pd.DataFrame({"text": ["a"]}))
+    with pytest.raises(InputError, match="lack the column.*product_brand"):
+        clean_products(pd.DataFrame({"product_title": ["a"]}))
+    with pytest.raises(InputError, match="2 distinct values that are no text, such as .1, 2."):
+        clean_texts(pd.Series([1, 2, "a"], name="query"))
