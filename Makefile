@@ -57,7 +57,7 @@ docs: $(DOCS)  ## the site from the notebooks, in outputs/docs/
 
 check-docs: $(DOCS)  ## the site in a browser (chromium must be installed), its links, and the tutorial
 	@$(BIN)/pip install -q -c constraints.txt -e ".[browser]"
-	@$(BIN)/python -m pytest tests/test_docs.py tests/test_site.py --no-cov $(ARGS)
+	@CHECK_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py tests/test_site.py --no-cov $(ARGS)
 
 hooks: $(READY)  ## git commits only clean notebooks, exported and linted
 	@git config core.hooksPath .github/hooks

@@ -228,7 +228,7 @@ def myst_notebook(notebook: dict, page: str, targets: Targets) -> dict:
     cells[0]["source"] = opening(cells[0]["source"], declare, "" if page == "index" else how_to_run(page, module))
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]}, "cells": cells}
 
-# %% ../nbs/21_docs.ipynb #29de96b9
+# %% ../nbs/21_docs.ipynb #0fa121ac
 RESULTS = ROOT / "nbs" / "results"
 
 
@@ -287,8 +287,8 @@ def sources_table(folder: Path = RESULTS) -> str:
     "What was measured where, and the command that measures it again, from all results files."
     rows = []
     for path in sorted(folder.glob("*.csv")):
-        table = pd.read_csv(path).fillna("")
-        for where in table[["data", "machine", "date", "command"]].drop_duplicates().itertuples(index=False):
+        table = pd.read_csv(path).reindex(columns=["data", "machine", "date", "command"]).fillna("")
+        for where in table.drop_duplicates().itertuples(index=False):
             rows.append([f"`{path.name}`", where.data, where.machine, where.date, f"`{where.command}`"])
     return markdown_table(["file", "data", "machine", "date", "measured by"], rows)
 

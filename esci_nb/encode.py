@@ -7,7 +7,7 @@ __all__ = ['FIELD_MARKERS', 'TokenStore', 'words_stand_alone', 'tokenize_texts',
            'token_budget_batches', 'padding_waste', 'tokenizer_hash', 'texts_hash', 'product_text', 'describing_words',
            'marker_tokens', 'add_markers', 'without_tokens', 'EncodedPairs']
 
-# %% ../nbs/06_encode.ipynb #8ddb6719
+# %% ../nbs/06_encode.ipynb #fc2530d9
 import hashlib
 import itertools
 import json
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +243,7 @@ def padding_waste(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
     cells = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
     return 1 - lengths.sum() / cells
 
-# %% ../nbs/06_encode.ipynb #8344fdd5
+# %% ../nbs/06_encode.ipynb #af195d4f
 FIELD_MARKERS = {"query": "[QUERY]", "product_title": "[TITLE]", "product_brand": "[BRAND]", "product_color": "[COLOR]",
                  "product_bullet_point": "[BULLET]", "product_description": "[DESCRIPTION]"}
 
@@ -287,6 +287,8 @@ def product_text(products: pd.DataFrame, fields: Sequence[str], field_markers: b
         part = pa.Table.from_pandas(products[[field]], preserve_index=False)[field].cast(pa.large_string())
         part = pc.if_else(pc.equal(part, ""), word(None), part)
         parts.append(pc.binary_join_element_wise(word(marker), part, word(" ")) if marker else part)
+    nothing = reduce(pc.and_, map(pc.is_null, parts))
+    parts[0] = pc.if_else(nothing, word(""), parts[0])  # the join would leave out a row that has no text at all
     text = pc.binary_join_element_wise(*parts, word(" "), null_handling="skip")
     untidy = pc.match_substring_regex(text, "^ | $|  |" + _WHITE.replace("[ ", "[").removesuffix("+"))
     if pc.any(untidy).as_py():

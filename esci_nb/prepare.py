@@ -126,7 +126,7 @@ def in_parts(table: pd.DataFrame, work: Callable[[pd.DataFrame], pd.DataFrame], 
         return work(table)
     return pa.concat_tables([pq.read_table(path) for path in paths]).to_pandas(ignore_metadata=True)
 
-# %% ../nbs/04a_prepare.ipynb #27bf91d5
+# %% ../nbs/04a_prepare.ipynb #24c700fd
 @dataclass
 class Prepared:
     "What `prepare` made: the tables, the cleaned originals before translation and markers, and the special tokens in the texts."
@@ -155,11 +155,10 @@ def _mark_products(products: pd.DataFrame, gazetteers: dict) -> pd.DataFrame:
     return marked.assign(product_locale=products["product_locale"])
 
 
-def mark_in_parts(rows: pd.DataFrame, products: pd.DataFrame, originals: pd.DataFrame, folder: Path,
-                  workers: int = 2) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Both tables with entity markers; the gazetteers are learned from `originals`. Products are marked in parts in `folder`."
+def mark_in_parts(rows: pd.DataFrame, products: pd.DataFrame, folder: Path, workers: int = 2) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Both tables, with a column `language`, with entity markers of gazetteers learned from the products; those in parts in `folder`."
     from esci_nb.entities import build_gazetteers, mark_table
-    gazetteers = build_gazetteers(originals)
+    gazetteers = build_gazetteers(products.assign(product_locale=products["language"]))
     in_language = rows.assign(product_locale=rows["language"])
     marked, _ = mark_table(in_language, products.iloc[:0], gazetteers, workers=workers)
     products = in_parts(products, partial(_mark_products, gazetteers=gazetteers), folder, "marked", workers)
@@ -184,6 +183,6 @@ def prepare(rows: pd.DataFrame, products: pd.DataFrame, recipe: DataRecipe, fold
     tokens = ()
     if recipe.markers:
         from esci_nb.entities import SPECIAL_TOKENS
-        rows, products = mark_in_parts(rows, products, before[1], folder, workers)
+        rows, products = mark_in_parts(rows, products, folder, workers)
         tokens = SPECIAL_TOKENS
     return Prepared(rows, products, *before, tokens)

@@ -61,7 +61,7 @@ class PeakMemory:
         self.thread.join()
         self.gib = max(self.gib, resident_gib())
 
-# %% ../nbs/19a_scale.ipynb #9a3885d2
+# %% ../nbs/19a_scale.ipynb #a567c864
 STEPS = ("load", "merge", "clean", "mark", "write", "tokenise")
 
 
@@ -100,8 +100,8 @@ def run_steps(files: Path, work: Path, backbone: str, workers: int = 2) -> list[
         return (clean_queries(rows), in_parts(esci.products, clean_products, work / "parts", "cleaned", workers)), len(esci.products)
 
     def mark():
-        originals = products.assign(language=products["product_locale"])
-        return mark_in_parts(mark_originals(rows), originals, originals, work / "parts", workers), len(products)
+        in_language = products.assign(language=products["product_locale"])
+        return mark_in_parts(mark_originals(rows), in_language, work / "parts", workers), len(products)
 
     def write():
         write_table(rows, work / "rows.parquet")
