@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -238,11 +239,11 @@ def test_an_ordinary_kill_stops_the_workers_too(toys, monkeypatch):
     assert Toy.order == ["a", "b", "stop a", "stop b"] and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_worker_brings_back_what_went_wrong(tmp_path, capfd):
-    job = Job("ensemble", tmp_path / "out", {"runs": [str(tmp_path)], "outputs": str(tmp_path)})
+def test_worker_brings_back_what_went_wrong(tmp_path):
+    job = Job("ensemble", tmp_path / "out", {"weigths": 1})
     failed = run_jobs([job], [{"OMP_NUM_THREADS": "1"}])
-    assert isinstance(failed[job.folder], InputError) and "is no finished" in str(failed[job.folder])
-    assert not job.folder.exists()
+    assert isinstance(failed[job.folder], InputError) and "has no parameter 'weigths'" in str(failed[job.folder])
+    assert not job.folder.exists() and not list(Path(tempfile.gettempdir()).glob("esci_nb-worker-*/answer.json"))
 
 
 def test_one_worker_a_gpu(monkeypatch):
