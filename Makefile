@@ -36,8 +36,8 @@ test: $(READY)  ## all tests, library notebooks among them
 lab: $(READY)  ## JupyterLab with the environment ready
 	@$(BIN)/jupyter lab --notebook-dir=.
 
-ladder: $(READY)  ## cross-validated scores of the baseline into nbs/results/ladder.csv
-	@$(BIN)/esci-nb ladder "$(DATA)" --backbone "$(BACKBONE)" $(ARGS)
+ladder: $(READY)  ## cross-validated scores of every strategy into nbs/results/ladder.csv
+	@$(BIN)/esci-nb ladder nbs/grids/ladder.toml "$(DATA)" $(if $(BACKBONE),--backbones "$(BACKBONE)" --zero-shot) $(ARGS)
 
 PEERS := .venv/.peers
 $(PEERS): $(READY)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .data import InputError
 
-# %% ../nbs/17_cli.ipynb #d59eacc2
+# %% ../nbs/17_cli.ipynb #b09174d4
 def parse_values(pairs: Sequence[str]) -> dict:
     "`name=value` words as a dict; values are JSON where they parse as JSON, otherwise text."
     values = {}
@@ -58,6 +58,16 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--data-set", nargs="*", default=[], dest="data_values", metavar="name=value",
                          help="settings of the data, such as clean=false markers=true translate=us,es,jp")
 
+    def grid(sub):
+        sub.add_argument("file", nargs="?", type=Path, help="a grid file, such as nbs/grids/www.toml; flags replace what it says")
+        sub.add_argument("source", help="a folder with ESCI files, or 'sample'")
+        sub.add_argument("--backbones", nargs="+", help="hub names, folders, or 'small' for the one that is built on the spot")
+        sub.add_argument("--recipes", nargs="+", help="which recipes (baseline)")
+        sub.add_argument("--seeds", nargs="+", type=int, help="which seeds (42)")
+        sub.add_argument("--n-folds", type=int, help="into how many folds the data are cut (3)")
+        sub.add_argument("--workers", type=int, help="processes that train at a time (one a GPU; one without a GPU)")
+        outputs(sub), values(sub), data_values(sub)
+
     sub = command("download", "Download the official files; goes on where it stopped, checks sha256.")
     sub.add_argument("folder", type=Path)
     sub = command("sample", "Write the embedded sample as files in the official format.")
@@ -74,18 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--folds", type=int, default=3)
     outputs(sub), values(sub), data_values(sub)
     sub = command("grid", "Train recipes x backbones x seeds x folds, by flags or from a grid file; what is done is skipped.")
-    sub.add_argument("file", nargs="?", type=Path, help="a grid file, such as nbs/grids/www.toml; flags replace what it says")
-    sub.add_argument("source", help="a folder with ESCI files, or 'sample'")
-    sub.add_argument("--backbones", nargs="+", help="hub names, folders, or 'small' for the one that is built on the spot")
-    sub.add_argument("--recipes", nargs="+", help="which recipes (baseline)")
+    grid(sub)
     sub.add_argument("--folds", nargs="+", type=int, help="which folds (all); -1 trains on all train rows")
-    sub.add_argument("--n-folds", type=int, help="into how many folds the data are cut (3)")
-    sub.add_argument("--seeds", nargs="+", type=int, help="which seeds (42)")
-    sub.add_argument("--workers", type=int, help="processes that train at a time (one a GPU; one without a GPU)")
     sub.add_argument("--plan", action="store_true", help="train nothing: print the runs, their rows and pair-passes, and the hours to expect")
     sub.add_argument("--rate", nargs="+", default=[], metavar="[BACKBONE=]PAIRS",
                      help="for --plan: plain training pairs a second of a worker, for all backbones or one (from finished runs or the benchmark)")
-    outputs(sub), values(sub), data_values(sub)
     sub = command("run", "Run one pipeline notebook; its parameters are given as name=value.")
     sub.add_argument("stage")
     values(sub, "parameters of the notebook")
@@ -109,15 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("sources", nargs="+", type=Path, metavar="RUN", help="finished runs, or one ensemble")
     sub.add_argument("--to", type=Path, required=True, help="a new folder")
     sub = command("ladder", "Cross-validated NDCG over all ranked lists, beside random, BM25 and other systems' scores.")
-    sub.add_argument("source", help="a folder with ESCI files, or 'sample'")
-    sub.add_argument("--backbone", required=True)
-    sub.add_argument("--recipes", nargs="+", default=["baseline"])
-    sub.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    sub.add_argument("--zero-shot", action="store_true", help="also the backbone as it is, as a bi-encoder")
+    grid(sub)
+    sub.add_argument("--zero-shot", action="store_true", help="also the first backbone as it is, as a bi-encoder")
     sub.add_argument("--peers", nargs="*", default=[], metavar="name=scores.csv",
                      help="out-of-fold scores of other systems: query_id, product_id, product_locale, score")
     sub.add_argument("--to", type=Path, default=Path("nbs/results/ladder.csv"))
-    outputs(sub), values(sub), data_values(sub)
     sub = command("docs", "The site from the notebooks; a warning or a link that leads nowhere fails it.")
     sub.add_argument("--to", type=Path, default=Path("outputs/docs"), help="where the site goes (outputs/docs)")
     sub = command("scale", "Seconds and memory of the data path on the embedded sample at full size, 1/8 and 1/64.")
@@ -137,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #e3abbdb3
+# %% ../nbs/17_cli.ipynb #8c1b0e6e
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -173,15 +172,20 @@ def _demo(arguments) -> None:
     print(f"\nsubmission  {made.submission or 'none: the data has no test lists'}\nreport      {made.report}\nruns        {made.runs[0].parent}")
 
 
-def _grid(arguments) -> None:
-    from esci_nb.grid import Grid, change_grid, plan_report, read_grid, run_grid
+def _wanted(arguments):
+    "The grid that the file and the flags of a command ask for."
+    from esci_nb.grid import Grid, change_grid, read_grid
     data = {} if arguments.n_folds is None else {"n_folds": arguments.n_folds}
-    wanted = change_grid(read_grid(arguments.file) if arguments.file else Grid(()), arguments.backbones, arguments.recipes, arguments.folds,
-                         arguments.seeds, data | parse_values(arguments.data_values), **parse_values(arguments.values))
+    return change_grid(read_grid(arguments.file) if arguments.file else Grid(()), arguments.backbones, arguments.recipes,
+                       getattr(arguments, "folds", None), arguments.seeds, data | parse_values(arguments.data_values), **parse_values(arguments.values))
+
+
+def _grid(arguments) -> None:
+    from esci_nb.grid import plan_report, run_grid
     if arguments.plan:
-        print(plan_report(wanted, arguments.source, arguments.outputs, arguments.workers, arguments.rate))
+        print(plan_report(_wanted(arguments), arguments.source, arguments.outputs, arguments.workers, arguments.rate))
         return
-    for folder in sum(run_grid(wanted, arguments.source, arguments.outputs, arguments.workers), []):
+    for folder in sum(run_grid(_wanted(arguments), arguments.source, arguments.outputs, arguments.workers), []):
         print(folder)
 
 
@@ -246,10 +250,14 @@ def _pack(arguments) -> None:
 
 def _ladder(arguments) -> None:
     from esci_nb.ladder import measure
-    peers = parse_values(arguments.peers)
-    table = measure(arguments.source, arguments.backbone, arguments.recipes, arguments.seeds, peers, arguments.to,
-                    arguments.zero_shot, arguments.outputs, parse_values(arguments.data_values), **parse_values(arguments.values))
-    print(table[["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]].to_string(index=False))
+    flags = {"--backbones": ["BACKBONE"] if arguments.backbones else [], "--recipes": arguments.recipes, "--seeds": arguments.seeds,
+             "--set": arguments.values, "--data-set": arguments.data_values}
+    words = ["esci-nb ladder", *([arguments.file] if arguments.file else []), "DATA"]
+    words += [word for flag, values in flags.items() if values for word in (flag, *values)]
+    table = measure(_wanted(arguments), arguments.source, arguments.to, " ".join(map(str, words)), parse_values(arguments.peers),
+                    arguments.zero_shot, arguments.outputs, arguments.workers)
+    shown = ["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]
+    print(table[[name for name in shown if name in table]].to_string(index=False))
     print(arguments.to)
 
 

@@ -38,13 +38,13 @@ from .runs import OUTPUTS, DataFolder, Job
 
 SMALL = "small"  # as a backbone's name: the small one that is built from the data
 
-# %% ../nbs/15a_grid.ipynb #65a78450
+# %% ../nbs/15a_grid.ipynb #c8be14fa
 @dataclass(frozen=True)
 class Grid:
     """Which runs are wanted: recipes x backbones x seeds x folds, and what is made of them.
 
     `backbones`: name and own recipe fields; `folds`: None for all of the data folder; `data`: fields of `prepare.DataRecipe`; `recipe`: fields for
-    all backbones; `ensembles`: tables with name, recipes and parameters of the stage `ensemble`.
+    all runs; `own`: fields of single recipes, by name; `ensembles`: tables with name, recipes and parameters of the stage `ensemble`.
     """
     backbones: tuple[tuple[str, dict], ...]
     recipes: tuple[str, ...] = ("baseline",)
@@ -52,7 +52,12 @@ class Grid:
     seeds: tuple[int, ...] = (42,)
     data: dict = field(default_factory=dict)
     recipe: dict = field(default_factory=dict)
+    own: dict[str, dict] = field(default_factory=dict)
     ensembles: tuple[dict, ...] = ()
+
+    def fields(self, name: str, of_backbone: Mapping) -> dict:
+        "What is set of the recipe `name`: for all runs, for the backbone, for this recipe; the later wins."
+        return self.recipe | dict(of_backbone) | self.own.get(name, {})
 
 
 FILLED_IN = ("fold", "seed", "backbone", "teacher", "soft_labels", "pseudo_labels")  # recipe fields that the grid decides
@@ -76,13 +81,13 @@ def check_grid(grid: Grid, where: str = "The grid") -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"{where} has the backbone {twice[0]!r} twice; name each once.")
-    for table in (grid.recipe, *(own for _, own in grid.backbones)):
+    for table in (grid.recipe, *(own for _, own in grid.backbones), *grid.own.values()):
         for key in FILLED_IN:
             if key in table:
                 raise InputError(f"{where} sets the recipe field {key!r}, which the grid fills in; leave it out.")
-    for name in grid.recipes:
+    for name in (*grid.recipes, *grid.own):
         for backbone, own in grid.backbones:
-            make_recipe(name, backbone=backbone, **grid.recipe | own)
+            make_recipe(name, backbone=backbone, **grid.fields(name, own))
     make_data_recipe(**grid.data)
     of_stage = [name for name in inspect.signature(runs.ensemble).parameters if name not in ("runs", "data", "name", "outputs")]
     for table in grid.ensembles:
@@ -116,11 +121,12 @@ def read_grid(path: Path) -> Grid:
     backbones = tuple((table["name"], {key: value for key, value in table.items() if key != "name"}) for table in said.get("backbone", []))
     folds = said.get("folds")
     grid = Grid(backbones, tuple(said.get("recipes", ["baseline"])), None if folds is None else tuple(folds), tuple(said.get("seeds", [42])),
-                said.get("data", {}), said.get("recipe", {}), tuple(said.get("ensemble", [])))
+                said.get("data", {}), {key: value for key, value in said.get("recipe", {}).items() if not isinstance(value, dict)},
+                {key: value for key, value in said.get("recipe", {}).items() if isinstance(value, dict)}, tuple(said.get("ensemble", [])))
     check_grid(grid, str(path))
     return grid
 
-# %% ../nbs/15a_grid.ipynb #b1211bd9
+# %% ../nbs/15a_grid.ipynb #b6360061
 @dataclass
 class Plan:
     "All jobs of a grid, each after what it needs; `runs`: the folders of the wanted runs, `recipes`: of every training job."
@@ -153,36 +159,35 @@ def plan_runs(grid: Grid, data: Path, outputs: Path = OUTPUTS) -> Plan:
             recipes[job.folder] = recipe
         return job.folder
 
-    def first_round(recipe, name: str, parts: Sequence[dict], overrides: dict) -> list[Path]:
+    def first_round(recipe, name: str, parts: Sequence[dict], of_backbone: dict) -> list[Path]:
+        overrides = {key: value for key, value in grid.fields(name, of_backbone).items()
+                     if key not in ("distill_from", "pseudo_from", "soft_weight", "pseudo_weight")}
         made = [make_recipe(name, backbone=recipe.backbone, seed=recipe.seed, **overrides, **part) for part in parts]
         return [add(runs.train_job(one, data, outputs), one) for one in made]
 
-    def second_round(recipe, overrides: dict):
-        overrides = {key: value for key, value in overrides.items()
-                     if key not in ("distill_from", "pseudo_from", "soft_weight", "pseudo_weight")}
+    def second_round(recipe, of_backbone: dict):
         every_fold = [{"fold": fold} for fold in range(dataset.n_folds)]
         soft, pseudo, teachers = "", "", []
         if recipe.distill_from:
             own = dataset.only(recipe.locales)
             in_folds = (own.rows["fold"].iloc[own.train(-1)] >= 0).all()
             bag = [{"fold": recipe.fold, "teacher": number} for number in range(N_TEACHERS)]
-            teachers = first_round(recipe, recipe.distill_from, every_fold if recipe.fold < 0 and in_folds else bag, overrides)
+            teachers = first_round(recipe, recipe.distill_from, every_fold if recipe.fold < 0 and in_folds else bag, of_backbone)
             soft = str(add(runs.distill_job(teachers, data, outputs=outputs)))
         if recipe.pseudo_from:
             if recipe.pseudo_from != recipe.distill_from:
                 parts = every_fold if recipe.fold < 0 else [{"fold": recipe.fold}]
-                teachers = first_round(recipe, recipe.pseudo_from, parts, overrides)
+                teachers = first_round(recipe, recipe.pseudo_from, parts, of_backbone)
             pseudo = str(add(runs.pseudo_label_job(teachers, data, outputs=outputs)))
         return dataclasses.replace(recipe, soft_labels=soft, pseudo_labels=pseudo)
 
     for name in grid.recipes:
         for backbone, own in grid.backbones:
-            overrides = grid.recipe | own
             for seed in grid.seeds:
                 for fold in folds:
-                    recipe = make_recipe(name, backbone=backbone, fold=fold, seed=seed, **overrides)
+                    recipe = make_recipe(name, backbone=backbone, fold=fold, seed=seed, **grid.fields(name, own))
                     dataset.only(recipe.locales)
-                    recipe = second_round(recipe, overrides)
+                    recipe = second_round(recipe, own)
                     wanted.append(add(runs.train_job(recipe, data, outputs), recipe))
     return Plan(list(jobs.values()), wanted, recipes, dataset, Path(outputs))
 
@@ -454,7 +459,7 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[dict[str, str]] = ({},)) -> di
                 worker.stop()
     return failed
 
-# %% ../nbs/15a_grid.ipynb #60afc1fc
+# %% ../nbs/15a_grid.ipynb #837c83fc
 def run_all(plan: Plan, workers: int | None = None) -> None:
     """Check every backbone, then run the jobs of a plan; what is done is skipped.
 
@@ -489,6 +494,7 @@ def change_grid(grid: Grid, backbones: Sequence[str] | None = None, recipes: Seq
     tables = [table | {"recipes": [name for name in table.get("recipes", trained) if name in trained]} for table in grid.ensembles]
     changed = Grid(tuple((name, own | fields) for name, own in chosen), trained, grid.folds if folds is None else tuple(folds),
                    grid.seeds if seeds is None else tuple(seeds), grid.data | dict(data), grid.recipe,
+                   {name: {key: value for key, value in own.items() if key not in fields} for name, own in grid.own.items()},
                    tuple(table for table in tables if table["recipes"]))
     check_grid(changed)
     return changed

@@ -6,7 +6,8 @@
 __all__ = ['peer_ndcg', 'zero_shot_scores', 'run_labels', 'ladder_table', 'read_ladder', 'write_scores', 'write_result',
            'measure']
 
-# %% ../nbs/18_ladder.ipynb #6ab57023
+# %% ../nbs/18_ladder.ipynb #30cef9c6
+import dataclasses
 import datetime
 import json
 import os
@@ -20,9 +21,10 @@ import pandas as pd
 from .data import PAIR_KEY, TEXT_FIELDS, InputError, join_products
 from .encode import product_text
 from .entities import strip_table
+from .grid import Grid, prepare, run_all
 from .metrics import bm25, bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap
 from .report import BM25, ENSEMBLE, RANDOM, score_rows
-from .runs import OUTPUTS, DataFolder, atomic, grid, open_data, preprocess, product_path, read_json, run_stage
+from .runs import OUTPUTS, DataFolder, atomic, product_path, read_json, run_stage
 from .translate import is_original
 
 # %% ../nbs/18_ladder.ipynb #d7e2a9bf
@@ -159,7 +161,7 @@ def write_scores(data: DataFolder, scorer: str, to: Path) -> Path:
         rows[["example_id", *PAIR_KEY]].assign(score=scores).to_csv(partial, index=False)
     return Path(to)
 
-# %% ../nbs/18_ladder.ipynb #075f03fa
+# %% ../nbs/18_ladder.ipynb #a102c9d4
 def write_result(table: pd.DataFrame, to: Path, backbone: str, command: str) -> pd.DataFrame:
     "Add backbone, machine, date and command to a measured table, write it to the CSV `to` and return it."
     import torch
@@ -170,23 +172,20 @@ def write_result(table: pd.DataFrame, to: Path, backbone: str, command: str) -> 
     return table
 
 
-def measure(source: str, backbone: str, recipes: Sequence[str], seeds: Sequence[int], peers: Mapping[str, str], to: Path,
-            zero_shot: bool = False, outputs: Path = OUTPUTS, data_settings: Mapping = {}, **overrides) -> pd.DataFrame:
-    """Train recipes x seeds x folds over all ranked lists of `source`, compare, write the table to `to` and return it.
+def measure(wanted: Grid, source: str, to: Path, command: str, peers: Mapping[str, str] = {}, zero_shot: bool = False,
+            outputs: Path = OUTPUTS, workers: int | None = None) -> pd.DataFrame:
+    """Train what a grid asks for on `source`, folded over all ranked lists; compare, write the table to `to` and return it.
 
-    `data_settings`: fields of `prepare.DataRecipe`; `overrides`: of the recipes."""
-    data = preprocess(source, **{"over": "ranked"} | dict(data_settings), outputs=outputs)
-    dataset = open_data(data)
-    rows = dataset.rows[(dataset.rows["source"] == "task1") & (dataset.rows["fold"] >= 0)]
+    `command`: what the user typed, for the table; `zero_shot`: also the first backbone without training."""
+    wanted = dataclasses.replace(wanted, data={"over": "ranked"} | wanted.data)
+    plan, wanted = prepare(wanted, source, outputs)
+    rows = plan.data.rows[(plan.data.rows["source"] == "task1") & (plan.data.rows["fold"] >= 0)]
     for path in peers.values():
         peer_ndcg(path, rows)
-    runs = grid(data, [backbone], recipes, seeds=seeds, outputs=outputs, **overrides)
-    untrained = str(backbone) if zero_shot else ""
-    folder = product_path("report", "ladder", runs, outputs, peers, untrained)
-    run_stage("ladder", folder, {"data": str(data), "runs": [str(run) for run in runs], "peers": {name: str(path) for name, path in peers.items()},
-                                 "zero_shot": untrained, "outputs": str(outputs)})
-    settings = " ".join(f"{name}={value}" for name, value in overrides.items())
-    prepared = " ".join(f"{name}={value}" for name, value in data_settings.items())
-    return write_result(pd.read_csv(folder / "ladder.csv"), to, backbone,
-                        f"esci-nb ladder DATA --backbone BACKBONE --recipes {' '.join(recipes)} --seeds {' '.join(map(str, seeds))} "
-                        f"--set {settings}" + (f" --data-set {prepared}" if prepared else ""))
+    run_all(plan, workers)
+    backbone = wanted.backbones[0][0]
+    untrained = backbone if zero_shot else ""
+    folder = product_path("report", "ladder", plan.runs, outputs, peers, untrained)
+    run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in plan.runs], "outputs": str(outputs),
+                                 "peers": {name: str(path) for name, path in peers.items()}, "zero_shot": untrained})
+    return write_result(pd.read_csv(folder / "ladder.csv"), to, backbone, command)
