@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .data import InputError
 
-# %% ../nbs/17_cli.ipynb #b09174d4
+# %% ../nbs/17_cli.ipynb #17a49e08
 def parse_values(pairs: Sequence[str]) -> dict:
     "`name=value` words as a dict; values are JSON where they parse as JSON, otherwise text."
     values = {}
@@ -113,6 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", type=Path, required=True, help="a new folder")
     sub = command("ladder", "Cross-validated NDCG over all ranked lists, beside random, BM25 and other systems' scores.")
     grid(sub)
+    sub.add_argument("--variants", nargs="*", default=[], metavar="name=value",
+                     help="train all of it once more with each of these settings of the data or recipe fields, such as clean=false")
     sub.add_argument("--zero-shot", action="store_true", help="also the first backbone as it is, as a bi-encoder")
     sub.add_argument("--peers", nargs="*", default=[], metavar="name=scores.csv",
                      help="out-of-fold scores of other systems: query_id, product_id, product_locale, score")
@@ -136,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #8c1b0e6e
+# %% ../nbs/17_cli.ipynb #140eac2b
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -251,11 +253,11 @@ def _pack(arguments) -> None:
 def _ladder(arguments) -> None:
     from esci_nb.ladder import measure
     flags = {"--backbones": ["BACKBONE"] if arguments.backbones else [], "--recipes": arguments.recipes, "--seeds": arguments.seeds,
-             "--set": arguments.values, "--data-set": arguments.data_values}
+             "--set": arguments.values, "--data-set": arguments.data_values, "--variants": arguments.variants}
     words = ["esci-nb ladder", *([arguments.file] if arguments.file else []), "DATA"]
     words += [word for flag, values in flags.items() if values for word in (flag, *values)]
     table = measure(_wanted(arguments), arguments.source, arguments.to, " ".join(map(str, words)), parse_values(arguments.peers),
-                    arguments.zero_shot, arguments.outputs, arguments.workers)
+                    arguments.zero_shot, arguments.outputs, arguments.workers, parse_values(arguments.variants))
     shown = ["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]
     print(table[[name for name in shown if name in table]].to_string(index=False))
     print(arguments.to)

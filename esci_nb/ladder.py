@@ -6,7 +6,7 @@
 __all__ = ['peer_ndcg', 'zero_shot_scores', 'run_labels', 'ladder_table', 'read_ladder', 'write_scores', 'write_result',
            'measure']
 
-# %% ../nbs/18_ladder.ipynb #30cef9c6
+# %% ../nbs/18_ladder.ipynb #d429c20d
 import dataclasses
 import datetime
 import json
@@ -21,10 +21,11 @@ import pandas as pd
 from .data import PAIR_KEY, TEXT_FIELDS, InputError, join_products
 from .encode import product_text
 from .entities import strip_table
-from .grid import Grid, prepare, run_all
+from .grid import Grid, change_grid, prepare, run_all
 from .metrics import bm25, bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap
+from .prepare import DataRecipe
 from .report import BM25, ENSEMBLE, RANDOM, score_rows
-from .runs import OUTPUTS, DataFolder, atomic, product_path, read_json, run_stage
+from .runs import OUTPUTS, DataFolder, atomic, data_of, product_path, read_json, run_stage
 from .translate import is_original
 
 # %% ../nbs/18_ladder.ipynb #d7e2a9bf
@@ -68,9 +69,11 @@ def zero_shot_scores(rows: pd.DataFrame, products: pd.DataFrame, backbone: str, 
     text_code, texts = pd.factorize(product_text(plain, fields))
     return (embed(list(queries))[query_code] * embed(list(texts))[text_code]).sum(axis=1)
 
-# %% ../nbs/18_ladder.ipynb #514f5530
+# %% ../nbs/18_ladder.ipynb #df044f4b
 def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
-    "One row a finished run that is no teacher: run, label, seed, fold, minutes, memory (GiB)."
+    """One row a finished run that is no teacher: run, label, seed, fold, minutes, memory (GiB).
+
+    The label is the recipe's name and what sets a run apart: settings of its data, and recipe fields that are not as the name says."""
     from esci_nb.training import RECIPES
     rows = []
     for run in map(Path, runs):
@@ -82,14 +85,15 @@ def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
                          "minutes": metrics["train_seconds"] / 60, "memory": metrics.get("peak_memory_gib", np.nan)})
     if not rows:
         raise InputError("None of the runs is more than a teacher; give finished runs of the folds.")
-    def changes(recipe: dict) -> dict:
+    def changes(run: Path, recipe: dict) -> dict:
         named = json.loads(RECIPES[recipe["name"]].to_json())
-        return {key: value for key, value in recipe.items()
-                if key not in ("fold", "seed", "soft_labels", "pseudo_labels", "backbone") and value != named[key]}
+        return read_json(data_of(run) / "data.json")["settings"] | {
+            key: value for key, value in recipe.items()
+            if key not in ("fold", "seed", "soft_labels", "pseudo_labels", "backbone") and value != named[key]}
 
-    changed = [changes(row["recipe"]) for row in rows]
+    changed = [changes(row["run"], row["recipe"]) for row in rows]
     shared = {key for key in changed[0] if all(other.get(key) == changed[0][key] for other in changed)}
-    labels = [" ".join([row["recipe"]["name"], *(f"{key}={value}" for key, value in sorted(own.items()) if key not in shared)])
+    labels = [" ".join([row["recipe"]["name"], *(f"{key}={json.dumps(value)}" for key, value in sorted(own.items()) if key not in shared)])
               for row, own in zip(rows, changed)]
     return pd.DataFrame(rows).assign(label=labels).drop(columns="recipe")
 
@@ -119,11 +123,11 @@ def ladder_table(recipes: Mapping[str, Mapping[int, pd.Series]], averaged: Mappi
         table.append(row)
     return pd.DataFrame(table).sort_values("ndcg", ascending=False, ignore_index=True)
 
-# %% ../nbs/18_ladder.ipynb #5dae08e4
+# %% ../nbs/18_ladder.ipynb #c83a97c7
 def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str] = {}, zero_shot: str = "") -> pd.DataFrame:
     """The table of finished runs that were folded over ranked lists, beside BM25, random and other systems.
 
-    `peers`: name -> CSV of scores (`peer_ndcg`); `zero_shot`: a backbone to rank without training, none if empty. Adds minutes of training
+    `data`: whose text BM25 and the bi-encoder read; runs on the same lists with another preparation are welcome. `peers`: name -> CSV of scores (`peer_ndcg`); `zero_shot`: a backbone to rank without training, none if empty. Adds minutes of training
     for one seed (its own runs), peak memory in GiB and backbone.
     """
     from esci_nb.ensemble import collect, mean_probabilities
@@ -161,7 +165,7 @@ def write_scores(data: DataFolder, scorer: str, to: Path) -> Path:
         rows[["example_id", *PAIR_KEY]].assign(score=scores).to_csv(partial, index=False)
     return Path(to)
 
-# %% ../nbs/18_ladder.ipynb #a102c9d4
+# %% ../nbs/18_ladder.ipynb #292857e2
 def write_result(table: pd.DataFrame, to: Path, backbone: str, command: str) -> pd.DataFrame:
     "Add backbone, machine, date and command to a measured table, write it to the CSV `to` and return it."
     import torch
@@ -173,19 +177,26 @@ def write_result(table: pd.DataFrame, to: Path, backbone: str, command: str) -> 
 
 
 def measure(wanted: Grid, source: str, to: Path, command: str, peers: Mapping[str, str] = {}, zero_shot: bool = False,
-            outputs: Path = OUTPUTS, workers: int | None = None) -> pd.DataFrame:
+            outputs: Path = OUTPUTS, workers: int | None = None, variants: Mapping = {}) -> pd.DataFrame:
     """Train what a grid asks for on `source`, folded over all ranked lists; compare, write the table to `to` and return it.
 
-    `command`: what the user typed, for the table; `zero_shot`: also the first backbone without training."""
+    `command`: what the user typed, for the table; `zero_shot`: also the first backbone without training; `variants`: settings of
+    the data or recipe fields, the grid is trained once more with each."""
     wanted = dataclasses.replace(wanted, data={"over": "ranked"} | wanted.data)
-    plan, wanted = prepare(wanted, source, outputs)
+    of_data = [field.name for field in dataclasses.fields(DataRecipe)]
+    grids = [wanted] + [change_grid(wanted, data={name: value}) if name in of_data else change_grid(wanted, **{name: value})
+                        for name, value in variants.items()]
+    (plan, wanted), *others = [prepare(grid, source, outputs) for grid in grids]
     rows = plan.data.rows[(plan.data.rows["source"] == "task1") & (plan.data.rows["fold"] >= 0)]
     for path in peers.values():
         peer_ndcg(path, rows)
-    run_all(plan, workers)
+    runs = []
+    for one in (plan, *(other for other, _ in others)):
+        run_all(one, workers)
+        runs += one.runs
     backbone = wanted.backbones[0][0]
     untrained = backbone if zero_shot else ""
-    folder = product_path("report", "ladder", plan.runs, outputs, peers, untrained)
-    run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in plan.runs], "outputs": str(outputs),
+    folder = product_path("report", "ladder", runs, outputs, peers, untrained)
+    run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in runs], "outputs": str(outputs),
                                  "peers": {name: str(path) for name, path in peers.items()}, "zero_shot": untrained})
     return write_result(pd.read_csv(folder / "ladder.csv"), to, backbone, command)

@@ -124,13 +124,14 @@ def test_competition_files_without_test_labels(tiny_files, tmp_path):
 
 def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     outputs = made.data.parents[1]
-    data = preprocess(str(tiny_files), over="ranked", outputs=outputs)
+    data = preprocess(str(tiny_files), over="ranked", n_folds=2, outputs=outputs)
     rows = open_data(data).rows
     rows = rows[rows["source"] == "task1"][["query_id", "product_locale", "product_id"]]
     rows.assign(score=np.random.default_rng(0).random(len(rows))).to_csv(tmp_path / "peer.csv", index=False)
     backbone = small_backbone(data, outputs=outputs)
     words = ["ladder", str(tiny_files), "--backbones", str(backbone), "--seeds", "42", "--peers", f"shuffled={tmp_path / 'peer.csv'}",
-             "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs), "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
+             "--n-folds", "2", "--variants", "clean=false", "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs),
+             "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
-    assert {"shuffled", "BM25", "random"} <= set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
+    assert {"baseline", "baseline clean=false", "shuffled", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
