@@ -73,7 +73,7 @@ def _some_rows(rows: pd.DataFrame) -> str:
     listed = ", ".join(f"{count:,} {locale} rows" for locale, count in counts.items())
     return f"{listed} (example_id {', '.join(map(str, rows['example_id'].head(3)))})"
 
-# %% ../nbs/13_ensemble.ipynb #33d482b2
+# %% ../nbs/13_ensemble.ipynb #c59dc110
 @dataclasses.dataclass
 class Collected:
     """The tables of some runs.
@@ -90,13 +90,15 @@ class Collected:
 
 def _member_names(recipes: Mapping[str, Mapping]) -> dict[str, str]:
     "family -> a readable name: recipe, backbone, seed, and the fields in which families of the same name differ."
-    plain = {family: f"{recipe['name']}-{Path(recipe['backbone']).name}-s{recipe['seed']}" for family, recipe in recipes.items()}
+    from esci_nb.training import Recipe
+    recipes = {family: {**json.loads(Recipe().to_json()), **recipe, "backbone": Path(recipe["backbone"]).name} for family, recipe in recipes.items()}
+    plain = {family: f"{recipe['name']}-{recipe['backbone']}-s{recipe['seed']}" for family, recipe in recipes.items()}
     names = {}
     for family, name in plain.items():
         alike = [recipes[other] for other, same in plain.items() if same == name]
-        fields = sorted({field for recipe in alike for field in recipe if field not in ("fold", "soft_labels", "pseudo_labels")})
-        differ = [field for field in fields if any(recipe.get(field) != alike[0].get(field) for recipe in alike)]
-        values = (recipes[family].get(field) for field in differ)
+        differ = sorted(field for field in alike[0] if field not in ("fold", "soft_labels", "pseudo_labels")
+                        and any(recipe[field] != alike[0][field] for recipe in alike))
+        values = (recipes[family][field] for field in differ)
         said = ["+".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
         names[family] = " ".join([name, *(f"{field}={value}" for field, value in zip(differ, said))])
     return names if len(set(names.values())) == len(names) else {family: f"{name}-{family}" for family, name in plain.items()}
@@ -549,7 +551,7 @@ def fit_method(method: str, members: Members, leaderboard: Mapping[str, float] =
         rule = functools.partial(winner_weights, leaderboard=leaderboard)
     return fit_blend(members, rule, by_locale=method not in ("single", "mean"), seed=seed)
 
-# %% ../nbs/13_ensemble.ipynb #aa16e439
+# %% ../nbs/13_ensemble.ipynb #133f2e64
 def nested(members: Members, method: str, leaderboard: Mapping[str, float] = {}, parts: int = 10, repeats: int = 3,
            seed: int = 0) -> list[np.ndarray]:
     """Probabilities of all labelled lists by a method that was fitted on other lists, once for each of `repeats` dealings.
@@ -588,7 +590,7 @@ def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 
     """Compare `methods` by nested cross-validation over the labelled lists of `members`.
 
     Columns of the table: method, kind (method or member), ndcg (nested; of a member as it is), delta to the best member, chosen by
-    the CV score over all lists, with its 95 % interval low to high, paired over lists; over_single (difference to `single`), optimised (the
+    the CV score over all lists, with its 95 % interval low to high, paired over lists; over_single (difference to `single`, with single_low and single_high), optimised (the
     NDCG on the lists that the method was fitted on), lists, members, and ndcg by locale. Stacking is left out without LightGBM.
     Members that do not cover all lists get no row; where none does, delta is the difference to `single`.
     """
@@ -609,13 +611,15 @@ def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 
     for name, score in {**scores, **alone}.items():
         is_method = name in scores
         row = {"method": name, "kind": "method" if is_method else "member", "ndcg": score.mean(),
-               "members": len(members.names) if is_method else 1, "lists": int(score.notna().sum()),
-               "over_single": score.mean() - scores["single"].mean(), "optimised": optimised.get(name, np.nan)}
+               "members": len(members.names) if is_method else 1, "lists": int(score.notna().sum()), "optimised": optimised.get(name, np.nan)}
+        if name != "single":
+            paired = paired_bootstrap(score, scores["single"])
+            row |= {"over_single": paired.delta, "single_low": paired.low, "single_high": paired.high}
         if name != best:
             paired = paired_bootstrap(score, reference)
             row |= {"delta": paired.delta, "low": paired.low, "high": paired.high}
         table.append(row | score.groupby(locale.reindex(score.index)).mean().to_dict())
-    columns = ["method", "kind", "ndcg", "delta", "low", "high", "over_single", "optimised", "lists", "members"]
+    columns = ["method", "kind", "ndcg", "delta", "low", "high", "over_single", "single_low", "single_high", "optimised", "lists", "members"]
     table = pd.DataFrame(table).sort_values(["kind", "ndcg"], ascending=[False, False], ignore_index=True)
     table = table.reindex(columns=[*columns, *[name for name in LOCALES if name in table]])
     return Judged(table, pd.DataFrame(scores), oof, fitted)
