@@ -277,6 +277,19 @@ def test_winning_file_names_what_there_is():
     assert small.backbones == (("x", {"epochs": 1}),) and small.data["n_folds"] == 2 and small.ensembles == ({"name": "www", "recipes": ["www"]},)
 
 
+def test_fields_of_one_recipe_win_and_reach_its_teachers(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text('recipes = ["awp", "www"]\n[recipe]\nepochs = 1\nawp_below = 0.5\n[recipe.awp]\nawp_below = 0.9\n'
+                    '[recipe.www_first]\nepochs = 3\n[[backbone]]\nname = "m"\nawp_below = 0.7\n')
+    grid = read_grid(path)
+    recipes = plan_runs(grid, data, data.parents[1]).recipes.values()
+    assert {(one.name, one.epochs, one.awp_below) for one in recipes} == {("awp", 1, 0.9), ("www", 1, 0.7), ("www_first", 3, 0.7)}
+    flagged = plan_runs(change_grid(grid, awp_below=0.2), data, data.parents[1]).recipes.values()
+    assert {(one.name, one.epochs, one.awp_below) for one in flagged} == {("awp", 1, 0.2), ("www", 1, 0.2), ("www_first", 3, 0.2)}
+    ladder = read_grid(ROOT / "nbs" / "grids" / "ladder.toml")
+    assert ladder.data["over"] == "ranked" and len(ladder.seeds) == 3 and {"baseline", "www"} < set(ladder.recipes)
+
+
 def test_plan_shares_teachers_and_keeps_locales_apart(data):
     grid = Grid((("some/model", {}), ("english", {"locales": ["us"]})), ("www_first", "www", "distill"), (0, -1))
     plan = plan_runs(grid, data, data.parents[1])
@@ -335,6 +348,7 @@ def test_rate_of_finished_runs_and_of_the_benchmark(data):
 
 
 MISTAKES = {
+    "fields of no recipe": ('[recipe.magic]\nepochs = 1\n[[backbone]]\nname = "x"', "magic"),
     "no such file": (None, "/no/such.toml"),
     "no toml": ("recipes = [", "not valid TOML"),
     "unknown key": ("recipe_names = ['www']", "recipe_names"),
