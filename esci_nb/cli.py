@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     outputs(sub)
     return parser
 
-# %% ../nbs/17_cli.ipynb #140eac2b
+# %% ../nbs/17_cli.ipynb #213a731e
 def _download(arguments) -> None:
     from esci_nb.data import download
     for path in download(arguments.folder):
@@ -212,7 +212,7 @@ def _ensemble(arguments) -> None:
         table = pd.read_csv(found)
         print(table.drop(columns=["data", "split"]).to_string(index=False, float_format=lambda number: f"{number:.4f}"))
         if arguments.to:
-            backbones = {read_json(run / "config.json")["recipe"]["backbone"] for run in arguments.runs}
+            backbones = {"/".join(Path(read_json(run / "config.json")["recipe"]["backbone"]).parts[-2:]) for run in arguments.runs}
             named = " ".join(f"{name}=FILE" for name in scores)
             write_result(table, arguments.to, backbones.pop() if len(backbones) == 1 else f"{len(backbones)} backbones",
                          f"esci-nb ensemble RUNS --method {arguments.method}" + (f" --scores {named}" if named else ""))
