@@ -126,7 +126,7 @@ def test_ctrl_c_stops_all_workers(made, tiny_files):
         folders = [path.parent for path in outputs.glob("runs/*-s8-*/LOCK")]
         assert len(folders) == 2 and all(map(is_locked, folders))
         grid.send_signal(signal.SIGINT)
-        _, said = grid.communicate(timeout=60)
+        _, said = grid.communicate(timeout=240)
         assert grid.returncode == 130 and "goes on where it stopped" in said and "Traceback" not in said
         assert not psutil.wait_procs(family, timeout=10)[1]
         assert not any(map(is_locked, folders)) and not any((folder / "DONE").exists() for folder in folders)
