@@ -316,7 +316,7 @@ def plan_summary(costs: pd.DataFrame) -> pd.DataFrame:
         runs=("job", "size"), done=("done", "sum"), **{"rows a run": ("rows", "max")}, passes=("passes", "sum"), predicted=("predicted", "sum"),
         plain=("plain", "sum"), **{"pairs/s": ("pairs/s", "median")}, hours=("hours", "sum"), source=("source", "first"))
 
-# %% ../nbs/15a_grid.ipynb #39243520
+# %% ../nbs/15a_grid.ipynb #1497f876
 def worker_slots(workers: int | None = None) -> list[dict[str, str]]:
     """What each worker's environment gets: its GPU, or its share of the cores. One empty dict: this process does the work itself.
 
@@ -408,14 +408,17 @@ def work(folder: str) -> None:
 
 @contextlib.contextmanager
 def _ends_like_ctrl_c() -> Iterator[None]:
-    "Being terminated or hung up on raises KeyboardInterrupt while the block runs, so that the workers are stopped too."
+    """Being terminated or hung up on raises KeyboardInterrupt while the block runs, so that the workers are stopped too.
+
+    A signal that is ignored stays ignored: under nohup the grid outlives its terminal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

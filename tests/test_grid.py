@@ -111,8 +111,9 @@ def test_ctrl_c_stops_all_workers(made, tiny_files):
     words = ["grid", str(tiny_files), "--backbones", "small", "--n-folds", "2", "--seeds", "8", "--workers", "2", "--outputs", str(outputs),
              "--set", *QUICK_WORDS, "epochs=90"]
     words.remove(f"epochs={QUICK['epochs']}")
-    grid = python(f"import sys; from esci_nb.cli import main; sys.exit(main({words!r}))", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                  text=True)
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a suite started in the background ignores Ctrl-C
+    grid = python(f"{hear}; import sys; from esci_nb.cli import main; sys.exit(main({words!r}))", stdout=subprocess.DEVNULL,
+                  stderr=subprocess.PIPE, text=True)
     family = []
     try:
         def kernels() -> int:
@@ -126,7 +127,7 @@ def test_ctrl_c_stops_all_workers(made, tiny_files):
         folders = [path.parent for path in outputs.glob("runs/*-s8-*/LOCK")]
         assert len(folders) == 2 and all(map(is_locked, folders))
         grid.send_signal(signal.SIGINT)
-        _, said = grid.communicate(timeout=240)
+        _, said = grid.communicate(timeout=60)
         assert grid.returncode == 130 and "goes on where it stopped" in said and "Traceback" not in said
         assert not psutil.wait_procs(family, timeout=10)[1]
         assert not any(map(is_locked, folders)) and not any((folder / "DONE").exists() for folder in folders)
@@ -237,6 +238,17 @@ def test_an_ordinary_kill_stops_the_workers_too(toys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_jobs(toys(a="", b=""), [{"OMP_NUM_THREADS": "1"}] * 2)
     assert Toy.order == ["a", "b", "stop a", "stop b"] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(toys, monkeypatch):
+    "Under nohup, closing the terminal does not end the grid."
+    monkeypatch.setattr(Toy, "ended", lambda self: os.kill(os.getpid(), signal.SIGHUP) is None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not run_jobs(toys(a="", b="a"), [{"OMP_NUM_THREADS": "1"}] * 2)
+        assert Toy.order == ["a", "b"] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_worker_brings_back_what_went_wrong(tmp_path):
