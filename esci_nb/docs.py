@@ -228,7 +228,7 @@ def myst_notebook(notebook: dict, page: str, targets: Targets) -> dict:
     cells[0]["source"] = opening(cells[0]["source"], declare, "" if page == "index" else how_to_run(page, module))
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]}, "cells": cells}
 
-# %% ../nbs/21_docs.ipynb #0fa121ac
+# %% ../nbs/21_docs.ipynb #eed273b1
 RESULTS = ROOT / "nbs" / "results"
 
 
@@ -248,14 +248,20 @@ def _number(value) -> str:
 
 
 def results_table(path: Path) -> str:
-    "A results file as Markdown: the columns that differ between rows, then the others as a line of text."
+    """A results file as Markdown: the columns that differ between rows, then the others as a line of text.
+
+    Two columns that end in low and high are the interval of the column before them and are written behind its values."""
     table = pd.read_csv(path)
     same = [name for name in table if len(table) > 1 and table[name].nunique(dropna=False) == 1]
-    rows = [[_number(value) for value in row] for row in table.drop(columns=same).itertuples(index=False)]
+    text = table.drop(columns=same).map(_number)
+    columns = list(text)
+    for value, low, high in zip(columns, columns[1:], columns[2:]):
+        if low.endswith("low") and high.endswith("high"):
+            text[value] += (" (" + text.pop(low) + " to " + text.pop(high) + ")").where(table[low].notna(), "")
     shared = [f"{name}: {'`' * (name == 'command')}{_number(table[name].iloc[0])}{'`' * (name == 'command')}"
               for name in same if pd.notna(table[name].iloc[0])]
-    shown = [name.replace("_", " ") for name in table if name not in same]
-    return markdown_table(shown, rows) + "\n\n" + "; ".join(shared) + ("." if shared else "")
+    shown = [name.replace("_", " ") for name in text]
+    return markdown_table(shown, text.to_numpy().tolist()) + "\n\n" + "; ".join(shared) + ("." if shared else "")
 
 
 def ladder_table(path: Path = RESULTS / "ladder.csv") -> str:

@@ -46,8 +46,6 @@ def peer_ndcg(path: Path, rows: pd.DataFrame) -> pd.Series:
 def zero_shot_scores(rows: pd.DataFrame, products: pd.DataFrame, backbone: str, fields: Sequence[str], max_length: int = 128) -> np.ndarray:
     "Cosine of the mean-pooled last hidden states of query and product text, one a row of `rows`; nothing is trained."
     import torch
-    from esci_nb.data import join_products
-    from esci_nb.entities import strip_table
     from esci_nb.model import load_backbone, load_tokenizer, pool
     from esci_nb.training import pick_device
     model, tokenizer = load_backbone(backbone).eval().to(pick_device()), load_tokenizer(backbone)
@@ -71,9 +69,10 @@ def zero_shot_scores(rows: pd.DataFrame, products: pd.DataFrame, backbone: str, 
 
 # %% ../nbs/18_ladder.ipynb #df044f4b
 def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
-    """One row a finished run that is no teacher: run, label, seed, fold, minutes, memory (GiB).
+    """One row a finished run that is no teacher: run, label, settings, seed, fold, minutes, memory (GiB).
 
-    The label is the recipe's name and what sets a run apart: settings of its data, and recipe fields that are not as the name says."""
+    `settings`: what sets a run apart from the others, settings of its data and recipe fields that are not as the recipe's name says. The
+    label is that name; where runs of one name differ, with their settings."""
     from esci_nb.training import RECIPES
     rows = []
     for run in map(Path, runs):
@@ -93,9 +92,12 @@ def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
 
     changed = [changes(row["run"], row["recipe"]) for row in rows]
     shared = {key for key in changed[0] if all(other.get(key) == changed[0][key] for other in changed)}
-    labels = [" ".join([row["recipe"]["name"], *(f"{key}={json.dumps(value)}" for key, value in sorted(own.items()) if key not in shared)])
-              for row, own in zip(rows, changed)]
-    return pd.DataFrame(rows).assign(label=labels).drop(columns="recipe")
+    table = pd.DataFrame(rows).assign(
+        label=[row["recipe"]["name"] for row in rows],
+        settings=[" ".join(f"{key}={json.dumps(value)}" for key, value in sorted(own.items()) if key not in shared) for own in changed])
+    differ = table.groupby("label")["settings"].transform("nunique") > 1
+    table["label"] = (table["label"] + " " + table["settings"]).str.strip().where(differ, table["label"])
+    return table.drop(columns="recipe")
 
 # %% ../nbs/18_ladder.ipynb #37c6f695
 def ladder_table(recipes: Mapping[str, Mapping[int, pd.Series]], averaged: Mapping[str, pd.Series], others: Mapping[str, pd.Series],
@@ -127,8 +129,9 @@ def ladder_table(recipes: Mapping[str, Mapping[int, pd.Series]], averaged: Mappi
 def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str] = {}, zero_shot: str = "") -> pd.DataFrame:
     """The table of finished runs that were folded over ranked lists, beside BM25, random and other systems.
 
-    `data`: whose text BM25 and the bi-encoder read; runs on the same lists with another preparation are welcome. `peers`: name -> CSV of scores (`peer_ndcg`); `zero_shot`: a backbone to rank without training, none if empty. Adds minutes of training
-    for one seed (its own runs), peak memory in GiB and backbone.
+    `data`: whose text BM25 and the bi-encoder read; runs on the same lists with another preparation are welcome. `peers`: name -> CSV of
+    scores (`peer_ndcg`); `zero_shot`: a backbone to rank without training, none if empty. Adds minutes of training for one seed (its own
+    runs), peak memory in GiB and settings.
     """
     from esci_nb.ensemble import collect, mean_probabilities
     named = run_labels(runs)
@@ -143,7 +146,7 @@ def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str]
     others |= {name: scored.ndcg[name] for name in (BM25, RANDOM)}
     recipes = {label: {seed: scored.ndcg[str((label, seed))] for other, seed in tables if other == label} for label in means}
     table = ladder_table(recipes, {label: scored.ndcg[label] for label in means}, others, rows.groupby("query_id")["product_locale"].first())
-    cost = named.groupby("label").agg(minutes=("minutes", "sum"), runs=("seed", "nunique"), memory=("memory", "max"))
+    cost = named.groupby("label").agg(minutes=("minutes", "sum"), runs=("seed", "nunique"), memory=("memory", "max"), settings=("settings", "first"))
     cost = cost.assign(minutes=cost["minutes"] / cost["runs"]).drop(columns="runs")
     return table.join(cost, on="recipe").assign(
         data=f"{data.info['source'].rstrip('/').split('/')[-1]}, {len(data.rows):,} judgements",

@@ -135,3 +135,4 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
     assert {"baseline", "baseline clean=false", "shuffled", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
+    assert table.set_index("recipe").loc["baseline clean=false", "settings"] == "clean=false"
