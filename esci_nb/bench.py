@@ -433,7 +433,7 @@ def run_bench(source: str, backbone: str = "", shape: str = "", lengths: Sequenc
     lines += first_batch_lines(data, backbone, max(lengths))
     lines += [ndcg_line(), *import_lines()]
     table = pd.DataFrame(lines).assign(met=[is_met(line) for line in lines], data=f"{Path(data.info['source']).name}, {rows} train rows drawn by seed 0")
-    return write_result(table, to, shape or backbone, f"esci-nb bench DATA {f'--shape {shape} ' if shape else ''}--rows {rows} --rounds {rounds}")
+    return write_result(table, to, [shape or backbone], f"esci-nb bench DATA {f'--shape {shape} ' if shape else ''}--rows {rows} --rounds {rounds}")
 
 
 def minilm_folder() -> str:

@@ -212,9 +212,8 @@ def _ensemble(arguments) -> None:
         table = pd.read_csv(found)
         print(table.drop(columns=["data", "split"]).to_string(index=False, float_format=lambda number: f"{number:.4f}"))
         if arguments.to:
-            backbones = {"/".join(Path(read_json(run / "config.json")["recipe"]["backbone"]).parts[-2:]) for run in arguments.runs}
             named = " ".join(f"{name}=FILE" for name in scores)
-            write_result(table, arguments.to, backbones.pop() if len(backbones) == 1 else f"{len(backbones)} backbones",
+            write_result(table, arguments.to, [read_json(run / "config.json")["recipe"]["backbone"] for run in arguments.runs],
                          f"esci-nb ensemble RUNS --method {arguments.method}" + (f" --scores {named}" if named else ""))
             print(arguments.to)
     elif arguments.to:

@@ -169,11 +169,13 @@ def write_scores(data: DataFolder, scorer: str, to: Path) -> Path:
     return Path(to)
 
 # %% ../nbs/18_ladder.ipynb #292857e2
-def write_result(table: pd.DataFrame, to: Path, backbone: str, command: str) -> pd.DataFrame:
-    "Add backbone, machine, date and command to a measured table, write it to the CSV `to` and return it."
+def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], command: str) -> pd.DataFrame:
+    "Add backbone (or how many), machine, date and command to a measured table, write it to the CSV `to` and return it."
     import torch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"
-    table = table.assign(backbone="/".join(Path(backbone).parts[-2:]), machine=machine, date=str(datetime.date.today()), command=command)
+    names = {"/".join(Path(backbone).parts[-2:]) for backbone in backbones}
+    table = table.assign(backbone=names.pop() if len(names) == 1 else f"{len(names)} backbones", machine=machine,
+                         date=str(datetime.date.today()), command=command)
     with atomic(Path(to)) as partial:
         table.to_csv(partial, index=False, float_format="%.5g")
     return table
@@ -202,4 +204,4 @@ def measure(wanted: Grid, source: str, to: Path, command: str, peers: Mapping[st
     folder = product_path("report", "ladder", runs, outputs, peers, untrained)
     run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in runs], "outputs": str(outputs),
                                  "peers": {name: str(path) for name, path in peers.items()}, "zero_shot": untrained})
-    return write_result(pd.read_csv(folder / "ladder.csv"), to, backbone, command)
+    return write_result(pd.read_csv(folder / "ladder.csv"), to, [backbone], command)

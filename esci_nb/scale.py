@@ -246,4 +246,4 @@ def run_scale(scales: Sequence[float] = (1 / 64, 1 / 8, 1), backbone: str = "", 
     if len(set(scales)) > 1:
         table["growth"] = table["what"].map(growth(table)).where(table["scale"] == max(scales))
     table = table.assign(data=[f"embedded sample, scale {scale:g}, seed 42" for scale in table["scale"]])
-    return write_result(table, to, backbone, f"esci-nb scale --scales {' '.join(f'{scale:g}' for scale in sorted(set(scales)))} --workers {workers}")
+    return write_result(table, to, [backbone], f"esci-nb scale --scales {' '.join(f'{scale:g}' for scale in sorted(set(scales)))} --workers {workers}")
