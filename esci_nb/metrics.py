@@ -34,9 +34,9 @@ def gains_of(labels: Iterable[str], gains: Mapping[str, float] = GAINS) -> np.nd
                          "score labelled rows only, and spell the labels as single letters.")
     return np.array([gains[name] for name in names], dtype=np.float64)[codes]
 
-# %% ../nbs/05_metrics.ipynb #5d678d85
-def _list_codes(query_id: Iterable) -> tuple[np.ndarray, np.ndarray, pd.Index]:
-    """Number the queries by first appearance: code per row, rows per query, the ids.
+# %% ../nbs/05_metrics.ipynb #c922ad2e
+def _lists(query_id: Iterable) -> tuple[pd.Index, np.ndarray, slice | np.ndarray]:
+    """The queries by first appearance, rows of each, and the index that puts the rows of a query together.
 
     Rows usually come in runs of one query, so only the head of each run is looked up."""
     ids = pd.Series(query_id).to_numpy()
@@ -47,8 +47,11 @@ def _list_codes(query_id: Iterable) -> tuple[np.ndarray, np.ndarray, pd.Index]:
         raise InputError(f"query_id is missing, first at position {int(heads[missing.argmax()])}: "
                          "every row needs its query.")
     head_codes, queries = pd.factorize(head_ids)
-    codes = np.repeat(head_codes, np.diff(np.r_[heads, len(ids)]))
-    return codes, np.bincount(codes, minlength=len(queries)), pd.Index(queries, name="query_id")
+    sizes, together = np.diff(np.r_[heads, len(ids)]), slice(None)
+    if len(heads) > len(queries):
+        codes = np.repeat(head_codes, sizes)
+        sizes, together = np.bincount(codes), np.argsort(codes, kind="stable")
+    return pd.Index(queries, name="query_id"), sizes, together
 
 
 def _numbers(values: Iterable[float], name: str, rows: int) -> np.ndarray:
@@ -73,67 +76,57 @@ def _gain_array(gain: Iterable[float], rows: int) -> np.ndarray:
     return array
 
 
-def _discounts(sizes: np.ndarray, k: int | None) -> np.ndarray:
-    "1 / log2(rank + 1) for the ranks 1, 2, ... of each list, and 0 after rank `k`; for rows sorted by query."
+def _discounts(ranks: int, k: int | None) -> np.ndarray:
+    "1 / log2(rank + 1) for the ranks 1, 2, ... `ranks`, and 0 after rank `k`."
     if k is not None and k < 1:
         raise InputError(f"k is {k}: cut the list at rank 1 or later, or leave k out for the whole list.")
-    by_rank = 1.0 / np.log2(np.arange(sizes.max(initial=0)) + 2.0)
+    discounts = 1.0 / np.log2(np.arange(ranks) + 2.0)
     if k is not None:
-        by_rank[k:] = 0.0
-    starts = np.cumsum(sizes) - sizes
-    return by_rank[np.arange(sizes.sum()) - np.repeat(starts, sizes)]
+        discounts[k:] = 0.0
+    return discounts
 
 
-def _sum_lists(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    "Sum of each list, for rows sorted by query."
-    return np.bincount(np.repeat(np.arange(len(sizes)), sizes), weights=values, minlength=len(sizes))
+def _downward_order(sizes: np.ndarray, place: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Row order by query, then descending value; equal values keep their order. `place`: of each row in its list, from 0.
 
-
-def _downward_order(codes: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Row order by query, then descending value; equal values keep their order.
-
-    Where every query's rows are together, one sort of integers does it: query, leading bits of the value, place in the list. If
-    the bits that were cut off decide anywhere, and for scattered rows, `lexsort` does."""
+    One sort of integers does it: query, leading bits of the value, place. If the bits that were cut off decide anywhere, `lexsort` does."""
     query_bits, place_bits = (int(n - 1).bit_length() for n in (len(sizes), sizes.max(initial=1)))
-    if len(codes) and query_bits + place_bits <= 32 and (codes[1:] >= codes[:-1]).all():
-        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    if len(values) and query_bits + place_bits <= 32:
         bits = np.subtract(0.0, values).view(np.int64)
         bits ^= (bits >> 63) & np.int64(2**63 - 1)                      # now these integers order as the floats do
         keys = bits.view(np.uint64)
         keys ^= np.uint64(2**63)
         keys >>= np.uint64(query_bits + place_bits)
         keys <<= np.uint64(place_bits)
-        keys |= (np.arange(len(codes)) - first).view(np.uint64)
+        keys |= place.view(np.uint64)
         if query_bits:
             keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(64 - query_bits), sizes)
         keys.sort()
         keys &= np.uint64((1 << place_bits) - 1)
         order = keys.view(np.int64)
-        order += first
+        order += np.arange(len(values)) - place
         in_order = values[order]
-        if not ((in_order[1:] > in_order[:-1]) & (codes[1:] == codes[:-1])).any():
+        if not ((in_order[1:] > in_order[:-1]) & (place[1:] > 0)).any():
             return order
-    return np.lexsort((-values, codes))
+    return np.lexsort((-values, np.repeat(np.arange(len(sizes)), sizes)))
 
 
-def _ideal(codes: np.ndarray, sizes: np.ndarray, gain: np.ndarray, discount: np.ndarray) -> np.ndarray:
+def _ideal(sizes: np.ndarray, place: np.ndarray, gain: np.ndarray, discounts: np.ndarray) -> np.ndarray:
     """DCG of the best order of each list; NaN where it is 0.
 
     Few different gains are counted, not sorted: each gain takes the next ranks of its list."""
-    level, gains = pd.factorize(gain)
-    if 0 < len(gains) <= 16:
-        down = np.argsort(-gains)
-        counts = np.bincount(codes * len(gains) + level, minlength=len(sizes) * len(gains)).reshape(len(sizes), -1)[:, down]
-        ends = counts.cumsum(axis=1)
-        deepest = int(sizes.argmax())
-        by_rank = discount[sizes[:deepest].sum():][:sizes[deepest]]
-        reached = np.r_[0.0, np.cumsum(by_rank)]
-        total = (reached[ends] - reached[ends - counts]) @ gains[down]
+    starts, levels = np.cumsum(sizes) - sizes, pd.unique(gain)
+    if len(levels) <= 16:
+        reached = np.r_[0.0, np.cumsum(discounts)]
+        total, ends = np.zeros(len(sizes)), np.zeros(len(sizes), np.int64)
+        for level in sorted(levels[levels > 0], reverse=True):
+            before, ends = ends, np.add.reduceat(gain >= level, starts, dtype=np.int64)
+            total += level * (reached[ends] - reached[before])
     else:
-        total = _sum_lists(gain[_downward_order(codes, sizes, gain)] * discount, sizes)
+        total = np.add.reduceat(gain[_downward_order(sizes, place, gain)] * discounts[place], starts)
     return np.where(total > 0, total, np.nan)
 
-# %% ../nbs/05_metrics.ipynb #8addfa9a
+# %% ../nbs/05_metrics.ipynb #4d97e481
 def ndcg(query_id: Iterable, gain: Iterable[float], score: Iterable[float], k: int | None = None) -> pd.Series:
     """NDCG of every query: linear gain, discount log2(rank + 1), over the whole list or its first `k` ranks.
 
@@ -142,26 +135,27 @@ def ndcg(query_id: Iterable, gain: Iterable[float], score: Iterable[float], k: i
     appearance, NaN where no product has a gain (`.mean()` leaves those out). With `k`, the ideal is cut at `k` too.
     Raises `InputError` for unequal lengths, missing ids, NaN scores or gains, negative gains, k < 1.
     Source: official evaluation of task 1 (whole list, macro mean)."""
-    codes, sizes, queries = _list_codes(query_id)
-    gain = _gain_array(gain, len(codes))
-    score = _numbers(score, "score", len(codes))
-    discount = _discounts(sizes, k)
-    order = _downward_order(codes, sizes, score)
-    reached = _sum_lists(gain[order] * discount, sizes)
-    score = (reached / _ideal(codes, sizes, gain, discount)).round(12)  # the two are summed in different orders
+    queries, sizes, together = _lists(query_id)
+    gain = _gain_array(gain, sizes.sum())[together]
+    score = _numbers(score, "score", sizes.sum())[together]
+    discounts, starts = _discounts(sizes.max(initial=0), k), np.cumsum(sizes) - sizes
+    place = np.arange(len(score)) - np.repeat(starts, sizes)
+    order = _downward_order(sizes, place, score)
+    reached = np.add.reduceat(gain[order] * discounts[place], starts)
+    score = (reached / _ideal(sizes, place, gain, discounts)).round(12)  # the two are summed in different orders
     return pd.Series(score, index=queries, name="ndcg")
 
-# %% ../nbs/05_metrics.ipynb #93c3f5a8
+# %% ../nbs/05_metrics.ipynb #87e38c72
 def random_ndcg(query_id: Iterable, gain: Iterable[float], k: int | None = None) -> pd.Series:
     """Expected NDCG of each query over all orders of its list, exactly: mean gain * sum of discounts / ideal.
 
     Arguments, index, NaN policy and errors as in `ndcg`, without a score."""
-    codes, sizes, queries = _list_codes(query_id)
-    gain = _gain_array(gain, len(codes))
-    discount = _discounts(sizes, k)
-    mean_gain = np.bincount(codes, weights=gain, minlength=len(sizes)) / sizes
-    expected = mean_gain * _sum_lists(discount, sizes)
-    return pd.Series(expected / _ideal(codes, sizes, gain, discount), index=queries, name="random_ndcg")
+    queries, sizes, together = _lists(query_id)
+    gain = _gain_array(gain, sizes.sum())[together]
+    discounts, starts = _discounts(sizes.max(initial=0), k), np.cumsum(sizes) - sizes
+    expected = np.add.reduceat(gain, starts) / sizes * np.cumsum(discounts)[sizes - 1]
+    place = np.arange(len(gain)) - np.repeat(starts, sizes)
+    return pd.Series(expected / _ideal(sizes, place, gain, discounts), index=queries, name="random_ndcg")
 
 
 def headroom(score: float | pd.Series, random: float | pd.Series) -> float | pd.Series:
