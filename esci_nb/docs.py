@@ -228,7 +228,7 @@ def myst_notebook(notebook: dict, page: str, targets: Targets) -> dict:
     cells[0]["source"] = opening(cells[0]["source"], declare, "" if page == "index" else how_to_run(page, module))
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]}, "cells": cells}
 
-# %% ../nbs/21_docs.ipynb #eed273b1
+# %% ../nbs/21_docs.ipynb #32b96772
 RESULTS = ROOT / "nbs" / "results"
 
 
@@ -257,7 +257,7 @@ def results_table(path: Path) -> str:
     columns = list(text)
     for value, low, high in zip(columns, columns[1:], columns[2:]):
         if low.endswith("low") and high.endswith("high"):
-            text[value] += (" (" + text.pop(low) + " to " + text.pop(high) + ")").where(table[low].notna(), "")
+            text[value] += (" (" + text.pop(low) + "\xa0to\xa0" + text.pop(high) + ")").where(table[low].notna(), "")
     shared = [f"{name}: {'`' * (name == 'command')}{_number(table[name].iloc[0])}{'`' * (name == 'command')}"
               for name in same if pd.notna(table[name].iloc[0])]
     shown = [name.replace("_", " ") for name in text]

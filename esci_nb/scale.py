@@ -245,5 +245,5 @@ def run_scale(scales: Sequence[float] = (1 / 64, 1 / 8, 1), backbone: str = "", 
     table["goal"] = np.where(full, "under 900 s and under 6 GiB", "")
     if len(set(scales)) > 1:
         table["growth"] = table["what"].map(growth(table)).where(table["scale"] == max(scales))
-    table = table.assign(data=[f"embedded sample, scale {scale:g}, seed 42" for scale in table["scale"]])
+    table = table.assign(data="embedded sample, seed 42")
     return write_result(table, to, [backbone], f"esci-nb scale --scales {' '.join(f'{scale:g}' for scale in sorted(set(scales)))} --workers {workers}")
