@@ -37,7 +37,8 @@ def teacher_folds(rows: pd.DataFrame, n: int = N_TEACHERS, seed: int = 42) -> np
 
     Queries with the same normalised text in a locale share a teacher fold, single pairs included. Cut inside each fold
     of `rows`, balanced in rows and locales as `make_folds` does, so that the teachers of every student have about the
-    same number of rows. A translated row has the teacher fold of its origin, or -1 where that is not among the rows. Labels are not looked at; the same rows and seed give the same teacher folds, whoever asks.
+    same number of rows. A translated row has the teacher fold of its origin, or -1 where that is not among the rows.
+    Labels are not looked at; the same rows and seed give the same teacher folds, whoever asks.
     Raises `InputError` for fewer than two teachers or a query text that lies in two folds. 3 folds are from the slides,
     the rest is our own.
     """

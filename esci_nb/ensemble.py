@@ -590,8 +590,9 @@ def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 
     """Compare `methods` by nested cross-validation over the labelled lists of `members`.
 
     Columns of the table: method, kind (method or member), ndcg (nested; of a member as it is), delta to the best member, chosen by
-    the CV score over all lists, with its 95 % interval low to high, paired over lists; over_single (difference to `single`, with single_low and single_high), optimised (the
-    NDCG on the lists that the method was fitted on), lists, members, and ndcg by locale. Stacking is left out without LightGBM.
+    the CV score over all lists, with its 95 % interval low to high, paired over lists; over_single (difference to `single`, with
+    single_low and single_high), optimised (the NDCG on the lists that the method was fitted on), lists, members, and ndcg by
+    locale. Stacking is left out without LightGBM.
     Members that do not cover all lists get no row; where none does, delta is the difference to `single`.
     """
     methods = ["single", *(name for name in methods if name != "single" and (name != "stacking" or has_lightgbm()))]
