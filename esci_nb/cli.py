@@ -37,7 +37,10 @@ def parse_named(words: Sequence[str], what: str) -> dict[str, str]:
     wrong = [word for word, (name, _, value) in zip(words, pairs) if not name or not value]
     if wrong:
         raise InputError(f"{wrong[0]!r} is not of the form name={what}; write one such word for each.")
-    return {name: value for name, _, value in pairs}
+    named = {name: value for name, _, value in pairs}
+    if len(named) < len(pairs):
+        raise InputError(f"Of {', '.join(name for name, _, _ in pairs)}, one is given twice; give each once.")
+    return named
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -251,11 +254,13 @@ def _pack(arguments) -> None:
 
 def _ladder(arguments) -> None:
     from esci_nb.ladder import measure
+    peers = parse_named(arguments.peers, "file")
     flags = {"--backbones": ["BACKBONE"] if arguments.backbones else [], "--recipes": arguments.recipes, "--seeds": arguments.seeds,
-             "--set": arguments.values, "--data-set": arguments.data_values, "--variants": arguments.variants}
+             "--set": arguments.values, "--data-set": arguments.data_values, "--variants": arguments.variants,
+             "--peers": ["NAME=FILE"] * len(peers)}
     words = ["esci-nb ladder", *([arguments.file] if arguments.file else []), "DATA"]
-    words += [word for flag, values in flags.items() if values for word in (flag, *values)]
-    table = measure(_wanted(arguments), arguments.source, arguments.to, " ".join(map(str, words)), parse_values(arguments.peers),
+    words += [word for flag, values in flags.items() if values for word in (flag, *values)] + ["--zero-shot"] * arguments.zero_shot
+    table = measure(_wanted(arguments), arguments.source, arguments.to, " ".join(map(str, words)), peers,
                     arguments.zero_shot, arguments.outputs, arguments.workers, parse_values(arguments.variants))
     shown = ["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]
     print(table[[name for name in shown if name in table]].to_string(index=False))

@@ -217,6 +217,7 @@ def test_ensembles_of_other_scores_have_other_folders(made, tmp_path):
 @pytest.mark.parametrize("words, named", [
     (["--method", "best"], "best"),
     (["--scores", "bm25"], "name=file"),
+    (["--scores", "bm25=/a.csv", "bm25=/b.csv"], "given twice"),
     (["--scores", "bm25=/no/such.csv"], "/no/such.csv"),
     (["--leaderboard", "baseline=high"], "high"),
     (["--data", "/no/such/data"], "/no/such/data"),

@@ -129,10 +129,11 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     rows = rows[rows["source"] == "task1"][["query_id", "product_locale", "product_id"]]
     rows.assign(score=np.random.default_rng(0).random(len(rows))).to_csv(tmp_path / "peer.csv", index=False)
     backbone = small_backbone(data, outputs=outputs)
-    words = ["ladder", str(tiny_files), "--backbones", str(backbone), "--seeds", "42", "--peers", f"shuffled={tmp_path / 'peer.csv'}",
+    words = ["ladder", str(tiny_files), "--backbones", str(backbone), "--seeds", "42", "--peers", f"shuffled, seed 0={tmp_path / 'peer.csv'}",
              "--n-folds", "2", "--variants", "clean=false", "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs),
              "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
-    assert {"baseline", "baseline clean=false", "shuffled", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
+    assert {"baseline", "baseline clean=false", "shuffled, seed 0", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
     assert table.set_index("recipe").loc["baseline clean=false", "settings"] == "clean=false"
+    assert "--variants clean=false --peers NAME=FILE" in table["command"].iloc[0] and "--zero-shot" not in table["command"].iloc[0]
