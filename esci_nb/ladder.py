@@ -42,7 +42,7 @@ def peer_ndcg(path: Path, rows: pd.DataFrame) -> pd.Series:
     joined = joined.sort_values(["query_id", "product_id"])
     return ndcg(joined["query_id"], gains_of(joined["esci_label"]), joined["score"].astype(float))
 
-# %% ../nbs/18_ladder.ipynb #9717aa0f
+# %% ../nbs/18_ladder.ipynb #08a4eec1
 def zero_shot_scores(rows: pd.DataFrame, products: pd.DataFrame, backbone: str, fields: Sequence[str], max_length: int = 128) -> np.ndarray:
     "Cosine of the mean-pooled last hidden states of query and product text, one a row of `rows`; nothing is trained."
     import torch
@@ -67,12 +67,12 @@ def zero_shot_scores(rows: pd.DataFrame, products: pd.DataFrame, backbone: str, 
     text_code, texts = pd.factorize(product_text(plain, fields))
     return (embed(list(queries))[query_code] * embed(list(texts))[text_code]).sum(axis=1)
 
-# %% ../nbs/18_ladder.ipynb #df044f4b
+# %% ../nbs/18_ladder.ipynb #2310d087
 def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
     """One row a finished run that is no teacher: run, label, settings, seed, fold, minutes, memory (GiB).
 
-    `settings`: what sets a run apart from the others, settings of its data and recipe fields that are not as the recipe's name says. The
-    label is that name; where runs of one name differ, with their settings."""
+    `settings`: what sets a run apart from most of the others, beyond what its recipe's name says: recipe fields and settings of its data.
+    The label is that name; where runs of one name differ, with their settings."""
     from esci_nb.training import RECIPES
     rows = []
     for run in map(Path, runs):
@@ -84,17 +84,21 @@ def run_labels(runs: Sequence[Path]) -> pd.DataFrame:
                          "minutes": metrics["train_seconds"] / 60, "memory": metrics.get("peak_memory_gib", np.nan)})
     if not rows:
         raise InputError("None of the runs is more than a teacher; give finished runs of the folds.")
+
     def changes(run: Path, recipe: dict) -> dict:
         named = json.loads(RECIPES[recipe["name"]].to_json())
         return read_json(data_of(run) / "data.json")["settings"] | {
             key: value for key, value in recipe.items()
             if key not in ("fold", "seed", "soft_labels", "pseudo_labels", "backbone") and value != named[key]}
 
-    changed = [changes(row["run"], row["recipe"]) for row in rows]
-    shared = {key for key in changed[0] if all(other.get(key) == changed[0][key] for other in changed)}
+    changed = [{key: json.dumps(value) for key, value in changes(row["run"], row["recipe"]).items()} for row in rows]
+    said = {key: [own.get(key, "") for own in changed] for key in sorted(set().union(*changed))}           # "": as by default
+    usual = {key: max(sorted(set(values)), key=values.count) for key, values in said.items()}
+    default = dataclasses.asdict(DataRecipe())
     table = pd.DataFrame(rows).assign(
         label=[row["recipe"]["name"] for row in rows],
-        settings=[" ".join(f"{key}={json.dumps(value)}" for key, value in sorted(own.items()) if key not in shared) for own in changed])
+        settings=[" ".join(f"{key}={said[key][i] or json.dumps((default | row['recipe'])[key])}" for key in said if said[key][i] != usual[key])
+                  for i, row in enumerate(rows)])
     differ = table.groupby("label")["settings"].transform("nunique") > 1
     table["label"] = (table["label"] + " " + table["settings"]).str.strip().where(differ, table["label"])
     return table.drop(columns="recipe")
@@ -125,7 +129,7 @@ def ladder_table(recipes: Mapping[str, Mapping[int, pd.Series]], averaged: Mappi
         table.append(row)
     return pd.DataFrame(table).sort_values("ndcg", ascending=False, ignore_index=True)
 
-# %% ../nbs/18_ladder.ipynb #c83a97c7
+# %% ../nbs/18_ladder.ipynb #b9c1e289
 def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, str] = {}, zero_shot: str = "") -> pd.DataFrame:
     """The table of finished runs that were folded over ranked lists, beside BM25, random and other systems.
 
@@ -168,7 +172,7 @@ def write_scores(data: DataFolder, scorer: str, to: Path) -> Path:
         rows[["example_id", *PAIR_KEY]].assign(score=scores).to_csv(partial, index=False)
     return Path(to)
 
-# %% ../nbs/18_ladder.ipynb #292857e2
+# %% ../nbs/18_ladder.ipynb #42b020b9
 def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], command: str) -> pd.DataFrame:
     "Add backbone (or how many), machine, date and command to a measured table, write it to the CSV `to` and return it."
     import torch
