@@ -34,7 +34,7 @@ def gains_of(labels: Iterable[str], gains: Mapping[str, float] = GAINS) -> np.nd
                          "score labelled rows only, and spell the labels as single letters.")
     return np.array([gains[name] for name in names], dtype=np.float64)[codes]
 
-# %% ../nbs/05_metrics.ipynb #c922ad2e
+# %% ../nbs/05_metrics.ipynb #ccb7c444
 def _lists(query_id: Iterable) -> tuple[pd.Index, np.ndarray, slice | np.ndarray]:
     """The queries by first appearance, rows of each, and the index that puts the rows of a query together.
 
@@ -86,8 +86,13 @@ def _discounts(ranks: int, k: int | None) -> np.ndarray:
     return discounts
 
 
+def _places(sizes: np.ndarray) -> np.ndarray:
+    "The place of each row in its list, from 0; for rows sorted by query."
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 def _downward_order(sizes: np.ndarray, place: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Row order by query, then descending value; equal values keep their order. `place`: of each row in its list, from 0.
+    """Row order by query, then descending value; equal values keep their order. `place`: see `_places`.
 
     One sort of integers does it: query, leading bits of the value, place. If the bits that were cut off decide anywhere, `lexsort` does."""
     query_bits, place_bits = (int(n - 1).bit_length() for n in (len(sizes), sizes.max(initial=1)))
@@ -111,11 +116,11 @@ def _downward_order(sizes: np.ndarray, place: np.ndarray, values: np.ndarray) ->
     return np.lexsort((-values, np.repeat(np.arange(len(sizes)), sizes)))
 
 
-def _ideal(sizes: np.ndarray, place: np.ndarray, gain: np.ndarray, discounts: np.ndarray) -> np.ndarray:
+def _ideal(sizes: np.ndarray, starts: np.ndarray, gain: np.ndarray, discounts: np.ndarray) -> np.ndarray:
     """DCG of the best order of each list; NaN where it is 0.
 
     Few different gains are counted, not sorted: each gain takes the next ranks of its list."""
-    starts, levels = np.cumsum(sizes) - sizes, pd.unique(gain)
+    levels = pd.unique(gain)
     if len(levels) <= 16:
         reached = np.r_[0.0, np.cumsum(discounts)]
         total, ends = np.zeros(len(sizes)), np.zeros(len(sizes), np.int64)
@@ -123,10 +128,11 @@ def _ideal(sizes: np.ndarray, place: np.ndarray, gain: np.ndarray, discounts: np
             before, ends = ends, np.add.reduceat(gain >= level, starts, dtype=np.int64)
             total += level * (reached[ends] - reached[before])
     else:
+        place = _places(sizes)
         total = np.add.reduceat(gain[_downward_order(sizes, place, gain)] * discounts[place], starts)
     return np.where(total > 0, total, np.nan)
 
-# %% ../nbs/05_metrics.ipynb #4d97e481
+# %% ../nbs/05_metrics.ipynb #ce44b7ca
 def ndcg(query_id: Iterable, gain: Iterable[float], score: Iterable[float], k: int | None = None) -> pd.Series:
     """NDCG of every query: linear gain, discount log2(rank + 1), over the whole list or its first `k` ranks.
 
@@ -139,13 +145,13 @@ def ndcg(query_id: Iterable, gain: Iterable[float], score: Iterable[float], k: i
     gain = _gain_array(gain, sizes.sum())[together]
     score = _numbers(score, "score", sizes.sum())[together]
     discounts, starts = _discounts(sizes.max(initial=0), k), np.cumsum(sizes) - sizes
-    place = np.arange(len(score)) - np.repeat(starts, sizes)
+    place = _places(sizes)
     order = _downward_order(sizes, place, score)
     reached = np.add.reduceat(gain[order] * discounts[place], starts)
-    score = (reached / _ideal(sizes, place, gain, discounts)).round(12)  # the two are summed in different orders
+    score = (reached / _ideal(sizes, starts, gain, discounts)).round(12)  # the two are summed in different orders
     return pd.Series(score, index=queries, name="ndcg")
 
-# %% ../nbs/05_metrics.ipynb #87e38c72
+# %% ../nbs/05_metrics.ipynb #e78c8014
 def random_ndcg(query_id: Iterable, gain: Iterable[float], k: int | None = None) -> pd.Series:
     """Expected NDCG of each query over all orders of its list, exactly: mean gain * sum of discounts / ideal.
 
@@ -154,8 +160,7 @@ def random_ndcg(query_id: Iterable, gain: Iterable[float], k: int | None = None)
     gain = _gain_array(gain, sizes.sum())[together]
     discounts, starts = _discounts(sizes.max(initial=0), k), np.cumsum(sizes) - sizes
     expected = np.add.reduceat(gain, starts) / sizes * np.cumsum(discounts)[sizes - 1]
-    place = np.arange(len(gain)) - np.repeat(starts, sizes)
-    return pd.Series(expected / _ideal(sizes, place, gain, discounts), index=queries, name="random_ndcg")
+    return pd.Series(expected / _ideal(sizes, starts, gain, discounts), index=queries, name="random_ndcg")
 
 
 def headroom(score: float | pd.Series, random: float | pd.Series) -> float | pd.Series:
