@@ -146,13 +146,13 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 # %% ../nbs/08_backbone.ipynb #a659b0fd
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    "A WordPiece tokenizer for the three languages with BERT's frame around a pair."
-    raw = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=40))
+    "A byte-pair tokenizer for the three languages with BERT's frame around a pair."
+    raw = Tokenizer(models.BPE(unk_token="[UNK]"))
     raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     raw.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=False),
         pre_tokenizers.Split(Regex(r"[\p{Katakana}ー]+|\p{Han}+|\p{Hiragana}+"), "isolated")])
-    raw.train_from_iterator(texts, trainers.WordPieceTrainer(
+    raw.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False))
     cls, sep = raw.token_to_id("[CLS]"), raw.token_to_id("[SEP]")
     raw.post_processor = processors.TemplateProcessing(
