@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'make_recipe', 'recipe_hash', 'default_lr', 'TrainPairs', 'BatchPlan', 'as_is', 'PairTrainer',
            'Progress', 'check_room', 'last_checkpoint', 'Fitted', 'peak_memory', 'widen_embeddings', 'make_adversary',
-           'fit', 'predict']
+           'count_parts', 'fit', 'predict']
 
 # %% ../nbs/10_training.ipynb #1b58e2a1
 import copy
@@ -356,6 +356,17 @@ def make_adversary(recipe: Recipe, model: CrossEncoder) -> Adversary | None:
     return None
 
 
+def count_parts(recipe: Recipe, backbone: torch.nn.Module) -> int:
+    """How many parts of a batch a CPU trains side by side: one a core, or more where a part would have over 4,096 tokens.
+
+    One in all where dropout would not be reproducible (attention or checkpointing that draws by itself), and beyond 8, since each part
+    holds gradients of its own.
+    """
+    cells = min(recipe.batch_rows * recipe.max_length, recipe.batch_tokens)
+    parts = max(torch.get_num_threads(), cells // 4096)
+    return parts if parts <= 8 and backbone.config._attn_implementation == "esci_cpu" and not recipe.gradient_checkpointing else 1
+
+
 def fit(recipe: Recipe, pairs: EncodedPairs, positions: np.ndarray, target: np.ndarray, weight: np.ndarray,
         folder: Path) -> Fitted:
     """Train a cross-encoder on the rows at `positions` of `pairs`.
@@ -380,6 +391,8 @@ def fit(recipe: Recipe, pairs: EncodedPairs, positions: np.ndarray, target: np.n
     if recipe.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = CrossEncoder(backbone, recipe.pooling, recipe.head_dropout, recipe.pool_layers, recipe.dropout_branches)
+    if device.type == "cpu":
+        model.parts = count_parts(recipe, backbone)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     check_room(model, folder, device)

@@ -18,7 +18,8 @@ from esci_nb.encode import EncodedPairs, PairFrame
 from esci_nb.layer_rates import WINNER_QUARTERS, find_layers, parameter_groups, rate_table
 from esci_nb.losses import soft_cross_entropy
 from esci_nb.model import POOLINGS, CrossEncoder, load_backbone, load_tokenizer, pool, quiet
-from esci_nb.training import predict
+from esci_nb.speed import quicken
+from esci_nb.training import count_parts, make_recipe, predict
 
 FIELDS = ("product_title", "product_brand")
 MAX_LENGTH = 24
@@ -176,6 +177,48 @@ def test_batches_are_what_the_tokenizer_says(case, data):
     assert set(batch) == set(expected)
     for key, value in batch.items():
         assert torch.equal(value, expected[key]), key
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def step_in_parts(folder, batch, parts: int, dropout: float) -> dict[str, torch.Tensor]:
+    "The gradients of a step with everything on, the batch in so many parts."
+    torch.manual_seed(5)
+    model = CrossEncoder(quicken(load_backbone(str(folder), dropout), training=True), "weighted", dropout, 3, branches=2).train()
+    model.parts = parts
+    with FGM(model).attack(lambda: model(**batch).square().mean().backward()):
+        model(**batch).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_parts_side_by_side_train_as_one_batch(case, two_threads):
+    name, family, folder, pairs = case
+    batch = batch_of(pairs)
+    whole = step_in_parts(folder, batch, 1, 0.0)
+    for parts in (2, 3):
+        torch.testing.assert_close(step_in_parts(folder, batch, parts, 0.0), whole, atol=1e-5, rtol=1e-3)
+    parts = count_parts(make_recipe("baseline"), quicken(load_backbone(str(folder)), training=True))
+    assert parts == (1 if name in ("rembert", "deberta-v2") else 2)
+    first = step_in_parts(folder, batch, parts, 0.3)
+    for _ in range(5):  # dropout follows the seed, not the thread that is first
+        assert all(torch.equal(gradient, first[key]) for key, gradient in step_in_parts(folder, batch, parts, 0.3).items())
+    assert not torch.equal(first["head.weight"], whole["head.weight"])
+
+
+def test_parts_side_by_side_predict_the_same(case, two_threads, monkeypatch):
+    name, family, folder, pairs = case
+    monkeypatch.setattr("esci_nb.model.PART_TOKENS", 100)
+    model, positions = CrossEncoder(load_backbone(str(folder)), "weighted"), np.arange(len(pairs))
+    two = predict(model, pairs, positions, "fp32")
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(predict(model, pairs, positions, "fp32"), two)
+    monkeypatch.setattr("esci_nb.model.PART_TOKENS", 10 ** 9)
+    np.testing.assert_allclose(predict(model, pairs, positions, "fp32"), two, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
