@@ -198,7 +198,7 @@ def side_by_side(work: Callable, items: Sequence) -> list:
 
 def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
     "A batch as `parts` batches of consecutive rows, at most one a row."
-    parts = min(parts, min(map(len, inputs.values())))
+    parts = min(parts, len(next(iter(inputs.values()))))
     return [dict(zip(inputs, part)) for part in zip(*(values.tensor_split(parts) for values in inputs.values()))]
 
 

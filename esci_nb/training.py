@@ -297,7 +297,8 @@ class Progress(TrainerCallback):
 def check_room(model: torch.nn.Module, folder: Path, device: torch.device) -> None:
     "Refuse before the first step when weights, gradients and Adam's moments cannot fit memory, or checkpoints the disk."
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    need, free = 20 * parameters, torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    each = 20 + 4 * (getattr(model, "parts", 1) - 1)  # every part of a batch has gradients of its own
+    need, free = each * parameters, torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     if need > free:
         raise InputError(f"Training {parameters / 1e6:.0f} M parameters needs at least {need / 2**30:.1f} GiB of memory on "
                          f"{device.type} and {free / 2**30:.1f} GiB are free; choose a smaller backbone or free memory.")
