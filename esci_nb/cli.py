@@ -120,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
                      help="train all of it once more with each of these settings of the data or recipe fields, such as clean=false")
     sub.add_argument("--zero-shot", action="store_true", help="also the first backbone as it is, as a bi-encoder")
     sub.add_argument("--peers", nargs="*", default=[], metavar="name=scores.csv",
-                     help="out-of-fold scores of other systems: query_id, product_id, product_locale, score")
+                     help="out-of-fold scores of other systems: query_id, product_id, product_locale, score; 'scores/*.csv' is one file a seed")
     sub.add_argument("--to", type=Path, default=Path("nbs/results/ladder.csv"))
     sub = command("docs", "The site from the notebooks; a warning or a link that leads nowhere fails it.")
     sub.add_argument("--to", type=Path, default=Path("outputs/docs"), help="where the site goes (outputs/docs)")

@@ -187,13 +187,14 @@ class Comparison:
     n: int
 
 
-def _bootstrap_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:
-    "Means of `n` samples of `values` with replacement, shape (n,); at most about 2 million draws in memory at a time."
+def _bootstrap_means(values: np.ndarray, n: int, seed: int, error: float) -> np.ndarray:
+    "Means of `n` samples of `values` with replacement, shape (n,), each moved by `error`; at most about 2 million draws in memory at a time."
     rng = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // len(values))
-    return np.concatenate([
+    means = np.concatenate([
         values[rng.integers(len(values), size=(min(chunk, n - start), len(values)), dtype=np.int32)].mean(axis=1)
         for start in range(0, n, chunk)])
+    return means + error * rng.standard_normal(n)
 
 
 def _range(means: np.ndarray, level: float) -> tuple[float, float]:
@@ -210,20 +211,22 @@ def _check_bootstrap(values: np.ndarray, n: int, level: float) -> None:
         raise InputError(f"n is {n} and level is {level}: use at least one draw and a level between 0 and 1.")
 
 
-def bootstrap_interval(a: pd.Series, n: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+def bootstrap_interval(a: pd.Series, n: int = 10_000, seed: int = 0, level: float = 0.95, error: float = 0.0) -> Interval:
     """Mean of one system's per-query scores with its bootstrap interval.
 
-    `a`: as `ndcg` returns it (NaN left out). `n`: draws. Raises `InputError` if nothing is left."""
+    `a`: as `ndcg` returns it (NaN left out). `n`: draws. `error`: standard error of the mean by what moves all queries together.
+    Raises `InputError` if nothing is left."""
     values = a.dropna().to_numpy(dtype=np.float64)
     _check_bootstrap(values, n, level)
-    low, high = _range(_bootstrap_means(values, n, seed), level)
+    low, high = _range(_bootstrap_means(values, n, seed, error), level)
     return Interval(float(values.mean()), low, high, len(values))
 
 
-def paired_bootstrap(a: pd.Series, b: pd.Series, n: int = 10_000, seed: int = 0, level: float = 0.95) -> Comparison:
+def paired_bootstrap(a: pd.Series, b: pd.Series, n: int = 10_000, seed: int = 0, level: float = 0.95, error: float = 0.0) -> Comparison:
     """Is system `a` better than system `b`? Bootstrap over the per-query differences a - b.
 
     `a`, `b`: as `ndcg` returns them, indexed by query_id in any order. Queries that are NaN in both are left out.
+    `error`: standard error of the difference by what moves all queries together.
     Raises `InputError` if the two do not hold the same queries, each once, or if only one of them is NaN."""
     if a.index.has_duplicates or b.index.has_duplicates:
         raise InputError("A query occurs twice in the index: give one NDCG per query, as ndcg() returns it.")
@@ -238,7 +241,7 @@ def paired_bootstrap(a: pd.Series, b: pd.Series, n: int = 10_000, seed: int = 0,
                          f"{a.index[one_sided][:3].tolist()}; score both with the same gains.")
     difference = (a - b).dropna().to_numpy(dtype=np.float64)
     _check_bootstrap(difference, n, level)
-    means = _bootstrap_means(difference, n, seed)
+    means = _bootstrap_means(difference, n, seed, error)
     low, high = _range(means, level)
     return Comparison(float(difference.mean()), low, high, float((means <= 0).mean()), len(difference))
 

@@ -127,13 +127,15 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     data = preprocess(str(tiny_files), over="ranked", n_folds=2, outputs=outputs)
     rows = open_data(data).rows
     rows = rows[rows["source"] == "task1"][["query_id", "product_locale", "product_id"]]
-    rows.assign(score=np.random.default_rng(0).random(len(rows))).to_csv(tmp_path / "peer.csv", index=False)
+    for seed in (0, 1):
+        rows.assign(score=np.random.default_rng(seed).random(len(rows))).to_csv(tmp_path / f"{seed}.csv", index=False)
     backbone = small_backbone(data, outputs=outputs)
-    words = ["ladder", str(tiny_files), "--backbones", str(backbone), "--seeds", "42", "--peers", f"shuffled, seed 0={tmp_path / 'peer.csv'}",
+    words = ["ladder", str(tiny_files), "--backbones", str(backbone), "--seeds", "42", "--peers", f"shuffled={tmp_path / '[01].csv'}",
              "--n-folds", "2", "--variants", "clean=false", "--to", str(tmp_path / "ladder.csv"), "--outputs", str(outputs),
              "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "ladder.csv")
-    assert {"baseline", "baseline clean=false", "shuffled, seed 0", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
+    assert {"baseline", "baseline clean=false", "shuffled", "BM25", "random"} == set(table["recipe"]) and (table["lists"] == table["lists"].iloc[0]).all()
     assert table.set_index("recipe").loc["baseline clean=false", "settings"] == "clean=false"
+    assert table.set_index("recipe").loc["shuffled", "seeds"] == "0 1" and table["sd_over_seeds"].notna().sum() == 1
     assert "--variants clean=false --peers NAME=FILE" in table["command"].iloc[0] and "--zero-shot" not in table["command"].iloc[0]
