@@ -32,8 +32,11 @@ from .translate import is_original
 
 # %% ../nbs/18_ladder.ipynb #d7e2a9bf
 def peer_files(pattern: str) -> list[str]:
-    "The files of a peer, one a seed: those that a pattern such as `scores/*.csv` matches, or the one file that it names."
-    return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    "The files of a peer, one a seed, which its name says: those that a pattern such as `scores/*.csv` matches, or the one file that it names."
+    files = sorted(glob.glob(pattern)) or [pattern]
+    if len({Path(path).stem for path in files}) < len(files):
+        raise InputError(f"Of the files that {pattern} matches, some share a name; name each by its seed, such as scores/42.csv.")
+    return files
 
 
 def peer_ndcg(path: str, rows: pd.DataFrame) -> pd.Series:
@@ -159,8 +162,8 @@ def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, Sequ
     """The table of finished runs that were folded over ranked lists, beside BM25, random and other systems.
 
     `data`: whose text BM25 and the bi-encoder read; runs on the same lists with another preparation are welcome. `peers`: name -> CSVs of
-    scores (`peer_ndcg`), one a seed, which is the file's name; `zero_shot`: a backbone to rank without training, none if empty. Adds minutes of training for one seed (its own
-    runs), peak memory in GiB and settings.
+    scores (`peer_ndcg`), one a seed, which is the file's name; `zero_shot`: a backbone to rank without training, none if empty.
+    Adds minutes of training for one seed (its own runs), peak memory in GiB and settings.
     """
     from esci_nb.ensemble import collect, mean_probabilities
     named = run_labels(runs)

@@ -168,3 +168,14 @@ def test_too_little_memory_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(training.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError, match="memory"):
         training.check_room(torch.nn.Linear(1000, 1000), tmp_path, torch.device("cpu"))
+
+
+def test_peer_files_of_one_name(tmp_path):
+    from esci_nb.data import InputError
+    from esci_nb.ladder import peer_files
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "42.csv").touch()
+    assert peer_files(str(tmp_path / "a" / "*.csv")) == [str(tmp_path / "a" / "42.csv")] and peer_files("none.csv") == ["none.csv"]
+    with pytest.raises(InputError, match="share a name"):
+        peer_files(str(tmp_path / "*" / "42.csv"))
