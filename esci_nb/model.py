@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from .data import LABELS, InputError
-from .speed import in_parts, side_by_side, split_rows
+from .speed import fit_width, in_parts, side_by_side, split_rows
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob",         # BERT, XLM-R, RemBERT, DeBERTa
             "embedding_dropout", "attention_dropout", "mlp_dropout")       # ModernBERT, EuroBERT
@@ -178,7 +178,8 @@ class CrossEncoder(nn.Module):
             return self._probabilities(inputs)
         parts = inputs["input_ids"].numel() // PART_TOKENS
         parts = parts if parts >= torch.get_num_threads() else 1
-        return np.concatenate(side_by_side(self._probabilities, split_rows(inputs, parts)))
+        fitted = [fit_width(part, self.backbone.config) for part in split_rows(inputs, parts)]
+        return np.concatenate(side_by_side(self._probabilities, fitted))
 
     @torch.inference_mode()
     def _probabilities(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:

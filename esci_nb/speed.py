@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOL_SIZE', 'dropout_mask', 'PooledDropout', 'cpu_attention', 'FusedLinear', 'has_fused_linear', 'quicken',
-           'pick_device', 'pick_precision', 'ready', 'side_by_side', 'split_rows', 'in_parts', 'MasterAdamW']
+           'pick_device', 'pick_precision', 'ready', 'side_by_side', 'split_rows', 'fit_width', 'in_parts',
+           'MasterAdamW']
 
 # %% ../nbs/07_speed.ipynb #940d0e2a
 import functools
@@ -200,6 +201,14 @@ def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
     "A batch as `parts` batches of consecutive rows, at most one a row."
     parts = min(parts, len(next(iter(inputs.values()))))
     return [dict(zip(inputs, part)) for part in zip(*(values.tensor_split(parts) for values in inputs.values()))]
+
+
+def fit_width(inputs: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    "A batch padded at the right, its width the next multiple of 16 from its longest row on, or what the positions of the backbone allow."
+    longest = 1 + int(inputs["attention_mask"].any(0).nonzero().max())
+    width = min(-(-longest // 16) * 16, max(longest, getattr(config, "max_position_embeddings", None) or longest))
+    fill = {"input_ids": getattr(config, "pad_token_id", None) or 0}
+    return {name: F.pad(values, (0, width - values.shape[1]), value=fill.get(name, 0)) for name, values in inputs.items()}
 
 
 class _Joined(torch.autograd.Function):
