@@ -179,3 +179,11 @@ def test_peer_files_of_one_name(tmp_path):
     assert peer_files(str(tmp_path / "a" / "*.csv")) == [str(tmp_path / "a" / "42.csv")] and peer_files("none.csv") == ["none.csv"]
     with pytest.raises(InputError, match="share a name"):
         peer_files(str(tmp_path / "*" / "42.csv"))
+
+
+def test_a_peer_may_not_take_the_name_of_a_row_of_ours():
+    from esci_nb.data import InputError
+    from esci_nb.ladder import measure
+    for name in ("www", "BM25"):
+        with pytest.raises(InputError, match=f"called '{name}'"):
+            measure(None, "sample", "ladder.csv", "", {"mine": "mine.csv", name: "scores.csv"})
