@@ -206,7 +206,8 @@ def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
 def fit_width(inputs: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
     "A batch padded at the right, its width the next multiple of 16 from its longest row on, or what the positions of the backbone allow."
     longest = 1 + int(inputs["attention_mask"].any(0).nonzero().max())
-    width = min(-(-longest // 16) * 16, max(longest, getattr(config, "max_position_embeddings", None) or longest))
+    rounded = -(-longest // 16) * 16
+    width = max(longest, min(rounded, getattr(config, "max_position_embeddings", None) or rounded))
     fill = {"input_ids": getattr(config, "pad_token_id", None) or 0}
     return {name: F.pad(values, (0, width - values.shape[1]), value=fill.get(name, 0)) for name, values in inputs.items()}
 
