@@ -194,8 +194,8 @@ def test_sample_comes_from_its_own_chapter():
 @pytest.mark.skipif(not REAL_SUBSET.is_dir(), reason="the real subset is not on this machine")
 def test_real_subset():
     esci = load(REAL_SUBSET)
-    assert (len(esci.examples), len(esci.products)) == (9424, 10194)
-    assert esci.examples.loc[esci.examples["small_version"] == 1, "query_id"].nunique() == 109
+    assert (len(esci.examples), len(esci.products)) == (13566, 13203)
+    assert esci.examples.loc[esci.examples["small_version"] == 1, "query_id"].nunique() == 225
     rows = make_folds(merge_tasks(esci.examples), n_folds=5, over="ranked")
     assert len(join_products(rows, esci.products)) == len(rows)
     lists = rows[rows["source"] == "task1"]
