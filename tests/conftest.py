@@ -13,7 +13,7 @@ QUICK = {"epochs": 1, "precision": "fp32", "max_length": 32, "text_fields": "tit
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> Path:
     "The embedded sample at a tenth of its size, as files in the official format."
-    from esci_nb.sample import write_sample
+    from esci_nb.data.sample import write_sample
     folder = tmp_path_factory.mktemp("tiny") / "files"
     write_sample(folder, scale=0.0006)
     return folder
@@ -22,6 +22,6 @@ def tiny_files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(tiny_files, tmp_path_factory):
     "One demo run over the tiny files."
-    from esci_nb.runs import pipeline
+    from esci_nb.run.demo import pipeline
     outputs = tmp_path_factory.mktemp("work") / "outputs"
     return pipeline(str(tiny_files), n_folds=2, outputs=outputs, **QUICK)

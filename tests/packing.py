@@ -8,7 +8,7 @@ import pandas as pd
 
 def competition_files(folder: Path, scale: float = 0.001) -> pd.DataFrame:
     "Write the sample's test lists and catalogue as zipped v0.3 files; returns the catalogue."
-    from esci_nb.sample import make_sample
+    from esci_nb.data.sample import make_sample
     folder.mkdir(parents=True)
     esci = make_sample(scale=scale)
     lists = esci.examples[(esci.examples["small_version"] == 1) & (esci.examples["split"] == "test")]
@@ -20,8 +20,9 @@ def competition_files(folder: Path, scale: float = 0.001) -> pd.DataFrame:
 
 def tiny_run(folder: Path, titles: Sequence[str], cv: float, locales: Sequence[str], seed: int) -> Path:
     "A finished run folder around an untrained model."
-    from esci_nb.backbone import matching_encoder, train_tokenizer
-    from esci_nb.model import CrossEncoder, quiet
+    from esci_nb.model.small import matching_encoder, train_tokenizer
+    from esci_nb.hub import quiet
+    from esci_nb.model.cross_encoder import CrossEncoder
     tokenizer = train_tokenizer(titles, 500)
     with quiet():
         CrossEncoder(matching_encoder(len(tokenizer), 32, 1, 2, seed=seed)).save(folder / "model", tokenizer)
@@ -36,7 +37,7 @@ def pack_tiny(folder: Path, titles: Sequence[str], models: Mapping[str, tuple[fl
     "A package without wheel and notebook: name -> (cv, locales)."
     import dataclasses
 
-    from esci_nb.package import FORMAT, MANIFEST, describe_run
+    from esci_nb.ship.package import FORMAT, MANIFEST, describe_run
     entries = []
     for seed, (name, (cv, locales)) in enumerate(models.items()):
         member = describe_run(tiny_run(folder / name, titles, cv, locales, seed), dict.fromkeys(locales, 0.5))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from esci_nb.adversarial import AWP, FGM, Adversary, rows_with_gradient, word_embeddings
-from esci_nb.data import InputError
+from esci_nb.strategy.adversarial import AWP, FGM, Adversary, rows_with_gradient, word_embeddings
+from esci_nb.contract import InputError
 
 ATTACKS = {"fgm": lambda model: FGM(model, epsilon=0.2), "awp": lambda model: AWP(model, lr=0.05, below=100.0)}
 CONFIG = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from esci_nb.cli import main
-from esci_nb.data import EXAMPLES_FILE, PRODUCTS_FILE
+from esci_nb.contract import EXAMPLES_FILE, PRODUCTS_FILE
 
 
 def edit(name, change):
@@ -153,7 +153,7 @@ def test_words(mistake, tmp_path, capsys):
 def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
     import torch
     from esci_nb import training
-    from esci_nb.data import InputError
+    from esci_nb.contract import InputError
     model = torch.nn.Linear(1000, 1000)
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(InputError, match="disk"):
@@ -164,15 +164,15 @@ def test_too_little_memory_is_said_before_training(tmp_path, monkeypatch):
     import torch
     from types import SimpleNamespace
     from esci_nb import training
-    from esci_nb.data import InputError
+    from esci_nb.contract import InputError
     monkeypatch.setattr(training.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError, match="memory"):
         training.check_room(torch.nn.Linear(1000, 1000), tmp_path, torch.device("cpu"))
 
 
 def test_peer_files_of_one_name(tmp_path):
-    from esci_nb.data import InputError
-    from esci_nb.ladder import peer_files
+    from esci_nb.contract import InputError
+    from esci_nb.measure.ladder import peer_files
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "42.csv").touch()
@@ -182,8 +182,8 @@ def test_peer_files_of_one_name(tmp_path):
 
 
 def test_a_peer_may_not_take_the_name_of_a_row_of_ours():
-    from esci_nb.data import InputError
-    from esci_nb.ladder import measure
+    from esci_nb.contract import InputError
+    from esci_nb.measure.ladder import measure
     for name in ("www", "BM25"):
         with pytest.raises(InputError, match=f"called '{name}'"):
             measure(None, "sample", "ladder.csv", "", {"mine": "mine.csv", name: "scores.csv"})

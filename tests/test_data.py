@@ -13,9 +13,12 @@ import pandas as pd
 import pytest
 
 from esci_nb import data
-from esci_nb.data import (EXAMPLE_COLUMNS, EXAMPLES_FILE, PAIR_KEY, PRODUCT_COLUMNS, PRODUCTS_FILE, InputError,
-                          RemoteFile, download, join_products, load, make_folds, merge_tasks, read_examples,
-                          read_products)
+from esci_nb.contract import EXAMPLE_COLUMNS, EXAMPLES_FILE, PAIR_KEY, PRODUCT_COLUMNS, PRODUCTS_FILE, InputError
+from esci_nb.data.download import RemoteFile, download
+from esci_nb.data.folds import make_folds
+from esci_nb.data.load import load
+from esci_nb.data.merge import join_products, merge_tasks
+from esci_nb.data.read import read_examples, read_products
 
 REAL_SUBSET = Path(__file__).resolve().parents[1] / ".." / "shared" / "esci-real"
 

@@ -6,13 +6,16 @@ import pandas as pd
 import pytest
 
 from esci_nb import distill
-from esci_nb.data import InputError, make_folds, merge_tasks
-from esci_nb.distill import (N_TEACHERS, Teacher, check_unseen, distilled_targets, query_keys, read_soft_labels,
-                             read_teachers, soft_labels, teacher_folds, teacher_split)
-from esci_nb.pseudo import pseudo_predictions, pseudo_targets, read_pseudo_labels, select_pseudo, unlabelled_rows
-from esci_nb.runs import DataFolder, probability_table, write_json, write_table
-from esci_nb.sample import make_sample
-from esci_nb.submission import PROB_COLUMNS
+from esci_nb.contract import InputError
+from esci_nb.data.folds import make_folds
+from esci_nb.data.merge import merge_tasks
+from esci_nb.strategy.distill import (N_TEACHERS, Teacher, check_unseen, distilled_targets, query_keys, read_soft_labels, read_teachers,
+                                      soft_labels, teacher_folds, teacher_split)
+from esci_nb.strategy.pseudo import pseudo_predictions, pseudo_targets, read_pseudo_labels, select_pseudo, unlabelled_rows
+from esci_nb.files import write_json, write_table
+from esci_nb.folders import DataFolder, probability_table
+from esci_nb.data.sample import make_sample
+from esci_nb.contract import PROB_COLUMNS
 
 STUDENTS = (-1, 0, 1, 2)
 

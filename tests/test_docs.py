@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from esci_nb import docs
 from esci_nb.cli import main, make_parser
-from esci_nb.data import InputError
+from esci_nb.contract import InputError
 
 NBS = ROOT / "nbs"
 TEXTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((NBS / "guides").glob("*.md"))]
@@ -66,7 +66,7 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_commands_exist(path, capsys):
     from esci_nb.cli import parse_values
-    from esci_nb.training import RECIPES, make_recipe
+    from esci_nb.recipe import RECIPES, make_recipe
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     known = {"pip", "nbdev_export", "nbdev_clean", "ruff", "python", "papermill", "git", "cd", "unzip", "torchrun", "export"}
     for words in commands(path.read_text()):

@@ -11,9 +11,9 @@ import pytest
 
 matplotlib.use("agg")
 from esci_nb import eda, errors, explore
-from esci_nb.data import LABELS, InputError
-from esci_nb.eda import EdaData, open_eda
-from esci_nb.runs import run_by_name
+from esci_nb.contract import LABELS, InputError
+from esci_nb.look.eda import EdaData, open_eda
+from esci_nb.run.stages import run_by_name
 
 PRODUCTS, EXAMPLES = eda.PRODUCTS_FILE, eda.EXAMPLES_FILE
 
@@ -36,9 +36,12 @@ def rewrite(path, change) -> None:
 @pytest.fixture(scope="module")
 def prepared(tiny_files, tmp_path_factory):
     "A preprocessed data folder and two made-up runs on it."
-    from esci_nb.data import load, make_folds, merge_tasks
-    from esci_nb.runs import probability_table, save_data, write_table
-    from esci_nb.text import clean_products, clean_queries
+    from esci_nb.data.folds import make_folds
+    from esci_nb.data.load import load
+    from esci_nb.data.merge import merge_tasks
+    from esci_nb.files import write_table
+    from esci_nb.folders import probability_table, save_data
+    from esci_nb.data.clean import clean_products, clean_queries
     folder = tmp_path_factory.mktemp("eda") / "data"
     esci = load(tiny_files)
     rows = clean_queries(make_folds(merge_tasks(esci.examples), 2))
@@ -59,7 +62,7 @@ def prepared(tiny_files, tmp_path_factory):
 
 
 def test_files_and_memory_give_the_same_answers(tiny_files, data):
-    from esci_nb.data import load
+    from esci_nb.data.load import load
     esci = load(tiny_files)
     memory = EdaData("memory", data.rows, data.queries, eda.Catalogue(pa.Table.from_pandas(esci.products, preserve_index=False)))
     pd.testing.assert_frame_equal(eda.field_table(data), eda.field_table(memory))

@@ -6,11 +6,14 @@ import pandas as pd
 import pytest
 
 from esci_nb.cli import main
-from esci_nb.data import InputError
-from esci_nb.ensemble import (METHODS, align, apply_calibration, calibrate, collect, correlation, fit_method, gather, judge, nested,
-                              weighted, winner_weights)
-from esci_nb.runs import ensemble_path, open_data
-from esci_nb.submission import PROB_COLUMNS, check_submission
+from esci_nb.contract import InputError
+from esci_nb.rank.judge import judge, nested
+from esci_nb.rank.members import align, apply_calibration, calibrate, collect, gather
+from esci_nb.rank.methods import METHODS, correlation, fit_method, weighted, winner_weights
+from esci_nb.folders import open_data
+from esci_nb.run.stages import ensemble_path
+from esci_nb.contract import PROB_COLUMNS
+from esci_nb.rank.submission import check_submission
 
 GAINS = np.array([1, 0.1, 0.01, 0])
 
@@ -43,8 +46,8 @@ def members():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_label_reaches_the_lists_it_is_judged_on(members, method):
-    from esci_nb.ensemble import _deal_lists
-    part = _deal_lists(members, 4, np.random.default_rng([0, 0]))
+    from esci_nb.rank.methods import split_lists
+    part = split_lists(members, 4, np.random.default_rng([0, 0]))
     other = members.take(np.ones(len(part), bool))
     other.rows.loc[part == 2, "esci_label"] = np.random.default_rng(5).choice(list("ESCI"), (part == 2).sum())
     before, after = (nested(some, method, parts=4, repeats=1)[0] for some in (members, other))
@@ -54,8 +57,8 @@ def test_no_label_reaches_the_lists_it_is_judged_on(members, method):
 
 
 def test_the_dealing_keeps_lists_whole(members):
-    from esci_nb.ensemble import _deal_lists
-    part = _deal_lists(members, 5, np.random.default_rng(0))
+    from esci_nb.rank.methods import split_lists
+    part = split_lists(members, 5, np.random.default_rng(0))
     assert (members.rows.groupby("query_id")["product_id"].size() == 10).all()
     assert (pd.Series(part).groupby(members.lists).nunique() == 1).all()
     dealt = pd.crosstab(members.rows["product_locale"], part)

@@ -10,13 +10,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForTokenClassification, BertModel, PreTrainedTokenizerFast
 
 from esci_nb import entities
-from esci_nb.data import LABELS, TEXT_FIELDS, InputError
-from esci_nb.encode import EncodedPairs, add_markers, marker_tokens, product_text, tokenizer_hash
-from esci_nb.entities import (ENTITY_TYPES, MARKED_FIELDS, MARKERS, SPECIAL_TOKENS, build_gazetteer, build_gazetteers, mark_table,
-                              mark_texts, strip_markers, strip_table, tag_texts)
-from esci_nb.losses import one_hot_targets
-from esci_nb.model import CrossEncoder, load_backbone, load_tokenizer, quiet
-from esci_nb.training import fit, make_recipe, predict, widen_embeddings
+from esci_nb.contract import LABELS, TEXT_FIELDS, InputError
+from esci_nb.model.encode import EncodedPairs, add_markers, marker_tokens, product_text, tokenizer_hash
+from esci_nb.data.entities import (ENTITY_TYPES, MARKED_FIELDS, MARKERS, SPECIAL_TOKENS, build_gazetteer, build_gazetteers, mark_table,
+                                   mark_texts, strip_markers, strip_table, tag_texts)
+from esci_nb.model.losses import one_hot_targets
+from esci_nb.model.backbones import load_backbone
+from esci_nb.hub import load_tokenizer, quiet
+from esci_nb.model.cross_encoder import CrossEncoder
+from esci_nb.recipe import make_recipe
+from esci_nb.train.fit import fit, predict, widen_embeddings
 
 BRANDS = {"us": ("Zorvik", "Tamsin & Roe", "O'Vela", "Apple"), "es": ("Peñalba", "Luzarro", "Olmedal"), "jp": ("ソニア(SONIA)", "任天社", "花丸")}
 COLOURS = {"us": ("Black", "Orange", "Navy/White"), "es": ("Púrpura", "Negro"), "jp": ("黒", "ブルー")}

@@ -11,15 +11,19 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from esci_nb.adversarial import AWP, FGM
-from esci_nb.backbone import BACKBONES, attention_kinds, parameter_count, position_limit, uses_segments
-from esci_nb.data import LABELS, InputError, load, merge_tasks
-from esci_nb.encode import EncodedPairs, PairFrame
-from esci_nb.layer_rates import WINNER_QUARTERS, find_layers, parameter_groups, rate_table
-from esci_nb.losses import soft_cross_entropy
-from esci_nb.model import POOLINGS, CrossEncoder, load_backbone, load_tokenizer, pool, quiet
-from esci_nb.speed import quicken
-from esci_nb.training import count_parts, make_recipe, predict
+from esci_nb.strategy.adversarial import AWP, FGM
+from esci_nb.model.backbones import BACKBONES, POOLINGS, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
+from esci_nb.contract import LABELS, InputError
+from esci_nb.data.load import load
+from esci_nb.data.merge import merge_tasks
+from esci_nb.model.encode import EncodedPairs, PairFrame
+from esci_nb.recipe import WINNER_QUARTERS, make_recipe
+from esci_nb.model.layer_rates import find_layers, parameter_groups, rate_table
+from esci_nb.model.losses import soft_cross_entropy
+from esci_nb.hub import load_tokenizer, quiet
+from esci_nb.model.cross_encoder import CrossEncoder, pool
+from esci_nb.model.engines import quicken
+from esci_nb.train.fit import count_parts, predict
 
 FIELDS = ("product_title", "product_brand")
 MAX_LENGTH = 24

@@ -18,11 +18,16 @@ from conftest import QUICK, ROOT
 from esci_nb import grid as grids
 from esci_nb import runs
 from esci_nb.cli import main
-from esci_nb.data import LOCALES, InputError
-from esci_nb.distill import locales_of, read_soft_labels, read_teachers
-from esci_nb.grid import Grid, change_grid, plan_costs, plan_runs, read_costs, read_grid, run_jobs, wall_hours, worker_slots
-from esci_nb.pseudo import pseudo_predictions
-from esci_nb.runs import Job, folder_lock, is_locked, open_data
+from esci_nb.contract import LOCALES, InputError
+from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
+from esci_nb.run.costs import plan_costs, read_costs, wall_hours
+from esci_nb.run.grid import change_grid
+from esci_nb.run.plan import Grid, plan_runs, read_grid
+from esci_nb.run.workers import run_jobs, worker_slots
+from esci_nb.strategy.pseudo import pseudo_predictions
+from esci_nb.files import folder_lock, is_locked
+from esci_nb.folders import open_data
+from esci_nb.run.stages import Job
 
 WWW = ROOT / "nbs" / "grids" / "www.toml"
 QUICK_WORDS = [f"{name}={value}" for name, value in QUICK.items()]

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from esci_nb import inference
-from esci_nb.data import InputError
-from esci_nb.inference import Budget, Encoder, Pass, WeightedMean, by_strength, cut_slices, load_member, rank_lists, run_members, run_processes, that_fit
-from esci_nb.model import CrossEncoder
-from esci_nb.package import Member, open_package
-from esci_nb.submission import PROB_COLUMNS, read_candidates
+from esci_nb.contract import InputError
+from esci_nb.ship.inference import (Budget, Encoder, Pass, WeightedMean, by_strength, cut_slices, load_member, rank_lists, run_members,
+                                    run_processes, that_fit)
+from esci_nb.model.cross_encoder import CrossEncoder
+from esci_nb.ship.package import Member, open_package
+from esci_nb.contract import PROB_COLUMNS
+from esci_nb.rank.submission import read_candidates
 from packing import competition_files, pack_tiny
 
 

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from esci_nb.cli import main
-from esci_nb.data import InputError
-from esci_nb.inference import rank_lists
-from esci_nb.package import MANIFEST, open_package
-from esci_nb.submission import PROB_COLUMNS, find_files, read_candidates
+from esci_nb.contract import InputError
+from esci_nb.ship.inference import rank_lists
+from esci_nb.ship.package import MANIFEST, open_package
+from esci_nb.contract import PROB_COLUMNS
+from esci_nb.rank.submission import find_files, read_candidates
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,12 @@ import pytest
 from conftest import QUICK, ROOT
 
 from esci_nb.cli import main
-from esci_nb.runs import grid, open_data, pipeline, preprocess, run_stage, small_backbone
-from esci_nb.submission import PROB_COLUMNS, check_submission
+from esci_nb.folders import open_data
+from esci_nb.run.demo import pipeline
+from esci_nb.run.grid import grid
+from esci_nb.run.stages import preprocess, run_stage, small_backbone
+from esci_nb.contract import PROB_COLUMNS
+from esci_nb.rank.submission import check_submission
 
 LONGER = QUICK | {"epochs": 4}
 

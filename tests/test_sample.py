@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from esci_nb import data
-from esci_nb.sample import make_sample, true_label, write_sample
+from esci_nb.data.sample import make_sample, true_label, write_sample
 
 SMALL_TRAIN = {"E": .437, "S": .342, "C": .052, "I": .169}
 LARGE_TRAIN = {"E": .663, "S": .212, "C": .028, "I": .097}

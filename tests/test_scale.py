@@ -9,9 +9,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from esci_nb.cli import main
-from esci_nb.data import TEXT_FIELDS, load
-from esci_nb.encode import _find_keys, add_markers, product_text, tokenize_texts, words_stand_alone
-from esci_nb.entities import SPECIAL_TOKENS
+from esci_nb.contract import TEXT_FIELDS
+from esci_nb.data.load import load
+from esci_nb.model.encode import _find_keys, add_markers, product_text, tokenize_texts, words_stand_alone
+from esci_nb.data.entities import SPECIAL_TOKENS
 
 PIECES = [*"abcdefghijklmnopqrstuvwxyz0123456789", "電", "気", "ケ", "ト", "ル", "th", "er", "in", "an"]
 

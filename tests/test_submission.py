@@ -5,9 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esci_nb.data import InputError
-from esci_nb.metrics import GAINS_SWAPPED, gains_of, ndcg
-from esci_nb.submission import check_submission, find_files, rank, ranking_score, read_candidates, write_submission
+from esci_nb.contract import InputError
+from esci_nb.contract import GAINS_SWAPPED
+from esci_nb.metrics import gains_of, ndcg
+from esci_nb.metrics import ranking_score
+from esci_nb.rank.submission import check_submission, find_files, rank, read_candidates, write_submission
 
 PRODUCT_IDS = ["B01", "0012", "NA", "null", 'a,"b"']
 GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
@@ -125,7 +127,7 @@ def test_the_file_scores_what_the_probabilities_score(tmp_path):
 
 def test_a_test_file_as_large_as_the_real_one(tmp_path):
     "14,496 lists in the real shares of the locales, as the zipped file of the competition: read, written, checked, found wrong."
-    from esci_nb.sample import make_sample
+    from esci_nb.data.sample import make_sample
     examples = make_sample(scale=0.01).examples
     lists = examples[(examples["small_version"] == 1) & (examples["split"] == "test")]
     parts, first = [], 0

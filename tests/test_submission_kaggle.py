@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from esci_nb.cli import main
-from esci_nb.submission import check_submission, read_candidates
+from esci_nb.rank.submission import check_submission, read_candidates
 from packing import competition_files, tiny_run
 
 NAMESPACE = ["unshare", "-rnm"]

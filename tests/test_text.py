@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from esci_nb.data import InputError
-from esci_nb.text import KEPT_SIGNS, clean, clean_products, clean_queries, clean_texts
+from esci_nb.contract import InputError
+from esci_nb.data.clean import KEPT_SIGNS, clean, clean_products, clean_queries, clean_texts
 
 ANY = st.characters(exclude_categories=())   # surrogates, private use and unassigned characters, too
 PIECES = st.sampled_from([

@@ -13,18 +13,24 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from esci_nb.data import LOCALES, InputError, load, make_folds, merge_tasks, normalise_query
-from esci_nb.distill import query_keys, read_soft_labels, teacher_folds, teacher_split
-from esci_nb.prepare import in_parts, make_data_recipe, prepare
-from esci_nb.pseudo import unlabelled_rows
-from esci_nb.runs import DataFolder, data_path, write_json, write_table
-from esci_nb.submission import PROB_COLUMNS
-from esci_nb.text import clean_products, clean_queries
-from esci_nb.translate import Glossary, Seq2Seq, TranslationCache, add_translations, is_original, make_translator, sentences, translate_texts
+from esci_nb.contract import LOCALES, InputError
+from esci_nb.data.folds import make_folds
+from esci_nb.data.load import load
+from esci_nb.data.merge import merge_tasks, normalise_query
+from esci_nb.strategy.distill import query_keys, read_soft_labels, teacher_folds, teacher_split
+from esci_nb.data.prepare import in_parts, make_data_recipe, prepare
+from esci_nb.strategy.pseudo import unlabelled_rows
+from esci_nb.files import write_json, write_table
+from esci_nb.folders import DataFolder
+from esci_nb.run.stages import data_path
+from esci_nb.contract import PROB_COLUMNS
+from esci_nb.data.clean import clean_products, clean_queries
+from esci_nb.contract import is_original
+from esci_nb.data.translate import Glossary, Seq2Seq, TranslationCache, add_translations, make_translator, sentences, translate_texts
 
 SLOW_WORKER = '''
 import sys, time
-from esci_nb.translate import TranslationCache, translate_texts
+from esci_nb.data.translate import TranslationCache, translate_texts
 import esci_nb.translate as module
 module._CLAIM = 4
 
@@ -173,7 +179,7 @@ def test_glossary_knows_the_sample(source, target, folded):
     if source == target:
         return
     rows, products = folded
-    from esci_nb.sample import lexicon
+    from esci_nb.data.lexicon import lexicon
     titles = products.loc[products["product_locale"] == source, "product_title"].head(300).tolist()
     new = Glossary()(titles, source, target)
     names = {name.lower() for name in lexicon(target).names.ravel()}
@@ -286,7 +292,9 @@ def test_preparation_goes_on_where_it_was_killed(tiny_files, tmp_path):
 import time
 from pathlib import Path
 import esci_nb.prepare as module
-from esci_nb.data import load, make_folds, merge_tasks
+from esci_nb.data.folds import make_folds
+from esci_nb.data.load import load
+from esci_nb.data.merge import merge_tasks
 quick = module.clean_products
 def slow(products):
     time.sleep(0.3)
