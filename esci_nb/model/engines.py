@@ -11,7 +11,6 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from ..hub import pick_device, pick_precision
 
 # %% ../../nbs/280_model.engines.ipynb #78e1c747
 POOL_SIZE = 1 << 24
