@@ -17,11 +17,11 @@ from esci_nb.contract import LABELS, LOCALE_RECORDS, InputError
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks
 from esci_nb.model.encode import EncodedPairs, PairFrame
-from esci_nb.recipe import WINNER_QUARTERS, make_recipe
+from esci_nb.recipe import POOLINGS, WINNER_QUARTERS, make_run
 from esci_nb.model.layer_rates import find_layers, parameter_groups, rate_table
 from esci_nb.model.losses import soft_cross_entropy
 from esci_nb.hub import load_tokenizer, quiet
-from esci_nb.model.cross_encoder import POOLINGS, CrossEncoder, pool
+from esci_nb.model.cross_encoder import CrossEncoder, pool
 from esci_nb.model.engines import quicken
 from esci_nb.train.fit import count_parts, predict
 
@@ -216,12 +216,12 @@ def test_parts_side_by_side_train_as_one_batch(case, two_threads):
 
 def test_parts_side_by_side_predict_the_same(case, two_threads, monkeypatch):
     name, family, folder, pairs = case
-    monkeypatch.setattr("esci_nb.model.cross_encoder.PART_TOKENS", 100)
+    monkeypatch.setattr("esci_nb.model.engines.PART_TOKENS", 100)
     model, positions = CrossEncoder(load_backbone(str(folder)), "weighted"), np.arange(len(pairs))
     two = predict(model, pairs, positions, "fp32")
     torch.set_num_threads(1)
     np.testing.assert_array_equal(predict(model, pairs, positions, "fp32"), two)
-    monkeypatch.setattr("esci_nb.model.cross_encoder.PART_TOKENS", 10 ** 9)
+    monkeypatch.setattr("esci_nb.model.engines.PART_TOKENS", 10 ** 9)
     np.testing.assert_allclose(predict(model, pairs, positions, "fp32"), two, atol=1e-6)
 
 
