@@ -1,5 +1,4 @@
 """A tiny package and the competition's files, for the tests of the submission."""
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,26 +19,23 @@ def competition_files(folder: Path, scale: float = 0.001) -> pd.DataFrame:
 
 def tiny_run(folder: Path, titles: Sequence[str], cv: float, locales: Sequence[str], seed: int) -> Path:
     "A finished run folder around an untrained model."
-    from esci_nb.model.small import matching_encoder, train_tokenizer
+    from esci_nb.files import write_json
     from esci_nb.hub import quiet
     from esci_nb.model.cross_encoder import CrossEncoder
+    from esci_nb.model.small import matching_encoder, train_tokenizer
+    from esci_nb.recipe import make_run
     tokenizer = train_tokenizer(titles, 500)
     with quiet():
         CrossEncoder(matching_encoder(len(tokenizer), 32, 1, 2, seed=seed)).save(folder / "model", tokenizer)
-    recipe = {"name": "baseline", "fold": 0, "seed": seed, "text_fields": ["product_title"], "max_length": 32, "precision": "fp32"}
-    (folder / "config.json").write_text(json.dumps({"recipe": recipe, "data": "sample", "family": f"f{seed}", "locales": list(locales)}))
-    (folder / "metrics.json").write_text(json.dumps({"oof_ndcg": cv, "oof_lists": 10}))
+    run = make_run(data="sample", seed=seed, text_fields="title", max_length=32, precision="fp32", locales=",".join(locales))
+    write_json(run.values() | {"family": f"f{seed}", "covers": list(locales)}, folder / "config.json")
+    write_json({"oof_ndcg": cv, "oof_lists": 10}, folder / "metrics.json")
     (folder / "DONE").touch()
     return folder
 
 
-def pack_tiny(folder: Path, titles: Sequence[str], models: Mapping[str, tuple[float, Sequence[str]]]) -> None:
-    "A package without wheel and notebook: name -> (cv, locales)."
-    import dataclasses
-
-    from esci_nb.ship.package import FORMAT, MANIFEST, describe_run
-    entries = []
-    for seed, (name, (cv, locales)) in enumerate(models.items()):
-        member = describe_run(tiny_run(folder / name, titles, cv, locales, seed), dict.fromkeys(locales, 0.5))
-        entries.append(dataclasses.asdict(member) | {"folder": f"{name}/model"})
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "version": "test", "models": entries, "wheel": {}}))
+def pack_tiny(folder: Path, titles: Sequence[str], models: Mapping[str, tuple[float, Sequence[str]]], ensemble: Path | None = None) -> None:
+    "A package without wheel and notebook: name -> (cv, locales); `ensemble`: the folder of a fitted method over members of these names."
+    from esci_nb.ship.package import describe_run, write_package
+    write_package(folder, [describe_run(tiny_run(folder.parent / "runs" / name, titles, cv, locales, seed), dict.fromkeys(locales, 0.5))
+                           for seed, (name, (cv, locales)) in enumerate(models.items())], ensemble)

@@ -1,4 +1,5 @@
 """Inference under a budget: what is dropped, what is written, and what happens when memory, a model or a process fails."""
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import pandas as pd
 import pytest
 import torch
 
-from esci_nb import inference
-from esci_nb.contract import InputError
-from esci_nb.ship.inference import (Budget, Encoder, Pass, WeightedMean, by_strength, cut_slices, load_member, rank_lists, run_members,
-                                    run_processes, that_fit)
-from esci_nb.model.cross_encoder import CrossEncoder
-from esci_nb.ship.package import Member, open_package
-from esci_nb.contract import PROB_COLUMNS
+from esci_nb.contract import LABELS, PROB_COLUMNS, InputError
+from esci_nb.rank.members import align
+from esci_nb.rank.methods import fit_method
 from esci_nb.rank.submission import read_candidates
+from esci_nb.recipe import Recipe
+from esci_nb.ship import inference
+from esci_nb.ship.clock import Budget, cut_slices
+from esci_nb.ship.inference import Combination, PairCache, load_model, products_of, rank_lists, run_processes
+from esci_nb.ship.package import PackedModel, open_package
+from esci_nb.ship.schedule import Answers, Race, by_strength, run_models, that_fit
 from packing import competition_files, pack_tiny
 
 
@@ -39,76 +42,78 @@ class Lengths:
         return {"row": np.asarray(positions)}
 
 
-class Pretended:
+def pretended(watch, pairs, rate, late=(10**9, 1)):
     "A model whose batches move the clock; `late` makes it slower after so many batches."
+    calls = []
 
-    def __init__(self, watch, pairs, rate, late=(10**9, 1)):
-        self.watch, self.pairs, self.rate, self.late, self.calls = watch, pairs, rate, late, 0
-
-    def probabilities(self, batch):
-        self.calls += 1
-        rate = self.rate * (self.late[1] if self.calls > self.late[0] else 1)
-        self.watch.now += rate * len(batch["row"]) * self.pairs.lengths[batch["row"]].max()
-        good = (batch["row"] % 7 + 1) / 8
-        return np.stack([good, 1 - good, 0 * good, 0 * good], 1).astype(np.float32)
+    def predict(batch):
+        calls.append(len(batch["row"]))
+        factor = late[1] if len(calls) > late[0] else 1
+        watch.now += rate * factor * len(batch["row"]) * pairs.lengths[batch["row"]].max()
+        probs = np.zeros((len(batch["row"]), len(LABELS)), np.float32)
+        probs[:, 0] = (batch["row"] % 7 + 1) / 8
+        probs[:, 1] = 1 - probs[:, 0]
+        return probs
+    return predict
 
 
 ROWS = pd.DataFrame({"query_id": np.repeat(np.arange(100), 20), "product_locale": np.repeat(["us", "es"], [1200, 800])})
 PAIRS = Lengths(np.random.default_rng(1).integers(10, 60, len(ROWS)))
 
 
-def member(name: str, cv: float | None, work: int = 100, locales=("us", "es")) -> Member:
-    return Member(name, Path(name), {}, dict.fromkeys(locales, 1.0), cv, work, {}, {})
+def packed_model(name: str, cv: float | None, work: int = 100, locales=("us", "es"), member: str = "") -> PackedModel:
+    return PackedModel(name, member or name, Path(name), {}, dict.fromkeys(locales, 1.0), cv, work, Recipe(), {})
 
 
-def run(seconds: float, members: list[Member], late=None):
-    "Run pretended members on a pretended clock; the mean, the states by name, what was said, and the time that it took."
+def run(seconds: float, models: list[PackedModel], late=None):
+    "Run pretended models on a pretended clock; the answers, the states by name, what was said, and the time that it took."
     watch, said = Watch(), []
 
-    def load(one: Member) -> Pretended:
-        return Pretended(watch, PAIRS, one.work * 1e-6, *([late[one.name]] if late and one.name in late else []))
-    mean, stories = run_members(members, ROWS, lambda one: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
-    return mean, {story.model: story.state for story in stories}, said, watch.now
+    def load(model: PackedModel, precision: str):
+        return pretended(watch, PAIRS, model.work * 1e-6, *([late[model.name]] if late and model.name in late else []))
+    race = Race(models, ROWS, lambda model: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
+    outcomes = run_models(race)
+    return race.answers, {outcome.model: outcome.state for outcome in outcomes}, said, watch.now
 
 
 def test_weakest_goes_first():
-    members = [member("weak", 0.80), member("strong", 0.90), member("unknown", None), member("middle", 0.85)]
-    needed = run(1e9, members)[3]
+    models = [packed_model("weak", 0.80), packed_model("strong", 0.90), packed_model("unknown", None), packed_model("middle", 0.85)]
+    needed = run(1e9, models)[3]
     for share, used in ((1.2, 4), (0.8, 3), (0.6, 2), (0.3, 1)):
-        mean, states, said, spent = run(share * needed, members)
+        answers, states, said, spent = run(share * needed, models)
         assert [states[name] for name in ("strong", "middle", "weak", "unknown")] == ["used"] * used + ["dropped"] * (4 - used)
-        assert mean.covered.all() and spent <= share * needed
+        assert answers.is_answered.all() and spent <= share * needed
         assert used == 4 or ("to be dropped" in said[0] and "unknown" in said[0])
 
 
 def test_estimate_holds():
-    _, _, said, spent = run(1e9, [member("only", 0.9)])
+    _, _, said, spent = run(1e9, [packed_model("only", 0.9)])
     promised = float(said[0].split("pairs/s, ")[1].split(" s to go")[0])
     assert 0.5 * spent < promised < spent
 
 
 def test_a_model_that_slows_down_is_stopped_in_time_and_counts_where_it_was_whole():
-    needed = run(1e9, [member("strong", 0.9)])[3]
-    mean, states, _, spent = run(needed * 1.5, [member("strong", 0.9)], late={"strong": (40, 10)})
+    needed = run(1e9, [packed_model("strong", 0.9)])[3]
+    answers, states, _, spent = run(needed * 1.5, [packed_model("strong", 0.9)], late={"strong": (40, 10)})
     assert states == {"strong": "part"} and spent < needed * 1.5 + 1.1  # a second is one slow batch
-    by_query = pd.Series(mean.covered).groupby(ROWS["query_id"])
-    assert 0.05 < mean.covered.mean() < 0.95 and (by_query.all() == by_query.any()).all()
+    by_query = pd.Series(answers.is_answered).groupby(ROWS["query_id"])
+    assert 0.05 < answers.is_answered.mean() < 0.95 and (by_query.all() == by_query.any()).all()
 
 
 def test_every_locale_gets_a_model_before_any_gets_a_second():
-    members = [member("us1", 0.95, locales=("us",)), member("us2", 0.94, locales=("us",)), member("all", 0.80)]
-    assert [one.name for one in by_strength(members, {"us": 1200, "es": 800})] == ["all", "us1", "us2"]
-    assert [one.name for one in by_strength(members, {"us": 1200})] == ["us1", "us2", "all"]
-    assert [one.name for one in by_strength([*members, member("jp", 0.99, locales=("jp",))], {"us": 1})] == ["us1", "us2", "all"]
-    needed = run(1e9, [members[2]])[3]
-    mean, states, _, _ = run(needed * 1.1, members)
-    assert states["all"] == "used" and mean.covered.all()
+    models = [packed_model("us1", 0.95, locales=("us",)), packed_model("us2", 0.94, locales=("us",)), packed_model("all", 0.80)]
+    assert [one.name for one in by_strength(models, {"us": 1200, "es": 800})] == ["all", "us1", "us2"]
+    assert [one.name for one in by_strength(models, {"us": 1200})] == ["us1", "us2", "all"]
+    assert [one.name for one in by_strength([*models, packed_model("jp", 0.99, locales=("jp",))], {"us": 1})] == ["us1", "us2", "all"]
+    needed = run(1e9, [models[2]])[3]
+    answers, states, _, _ = run(needed * 1.1, models)
+    assert states["all"] == "used" and answers.is_answered.all()
 
 
 def test_a_small_model_stands_in_for_a_large_one_that_does_not_fit():
-    small = run(1e9, [member("small", 0.7, 10)])[3]
-    mean, states, _, _ = run(small * 5, [member("large", 0.9, 1000), member("small", 0.7, 10)])
-    assert states == {"large": "dropped", "small": "used"} and mean.covered.all()
+    small = run(1e9, [packed_model("small", 0.7, 10)])[3]
+    answers, states, _, _ = run(small * 5, [packed_model("large", 0.9, 1000), packed_model("small", 0.7, 10)])
+    assert states == {"large": "dropped", "small": "used"} and answers.is_answered.all()
     assert that_fit([], 1) == [] and that_fit([2, 1, 1], 2) == [0] and that_fit([3, 1, 1], 2) == [1, 2]
 
 
@@ -120,13 +125,21 @@ def test_slices_are_whole_queries():
     assert not set(ROWS["query_id"].iloc[first]) & set(ROWS["query_id"].iloc[second])
 
 
-def test_mean_weighs_by_locale_and_ignores_queries_that_were_not_finished():
+def certain(shares) -> np.ndarray:
+    "Probabilities of the first class, and the rest for the second."
+    probs = np.zeros((len(shares), len(LABELS)))
+    probs[:, 0], probs[:, 1] = shares, 1 - np.asarray(shares)
+    return probs
+
+
+def test_members_are_means_of_their_models_and_ignore_queries_that_were_not_finished():
     rows = pd.DataFrame({"query_id": [1, 1, 2, 2], "product_locale": ["us", "us", "es", "es"]})
-    first, second = np.tile([0.8, 0.2, 0, 0], (4, 1)), np.tile([0.2, 0.8, 0, 0], (4, 1))
-    second[3] = np.nan
-    mean = WeightedMean(rows)
-    assert mean.add({"us": 1.0, "es": 1.0}, first) == 4 and mean.add({"us": 3.0, "es": 9.0}, second) == 2
-    assert np.allclose(mean.probabilities()[:, 0], [0.35, 0.35, 0.8, 0.8])
+    models = [packed_model("a-f0", 0.8, member="a"), packed_model("a-f1", 0.8, member="a"), packed_model("b", 0.8)]
+    answers = Answers(rows, models)
+    assert answers.add(models[0], certain([0.8] * 4)) == 4 and answers.add(models[1], certain([0.4, 0.4, 0.4, np.nan])) == 2
+    assert np.allclose(answers.of("a")[:, 0], [0.6, 0.6, 0.8, 0.8]) and not answers.is_complete.any()
+    assert answers.add(models[2], certain([0.2, 0.2, np.nan, np.nan])) == 2 and answers.is_complete.tolist() == [True, True, False, False]
+    assert np.allclose(answers.mean()[:, 0], [0.4, 0.4, 0.8, 0.8])
 
 
 @pytest.fixture(scope="module")
@@ -149,58 +162,53 @@ def plain(attached, tmp_path_factory):
     return rank(attached, tmp_path_factory.mktemp("plain") / "submission.csv", say=lambda line: None)
 
 
-def test_out_of_memory_halves_the_batch_and_changes_nothing(attached, plain, tmp_path, monkeypatch):
-    asked, true = [], CrossEncoder.probabilities
+def loading(change):
+    "`load_model`, whose predictions go through `change(model, batch, predict)`."
+    def load(model, precision=""):
+        predict = load_model(model, precision)
+        return lambda batch: change(model, batch, predict)
+    return load
 
-    def short_of_memory(self, batch):
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(attached, plain, tmp_path, monkeypatch):
+    asked = []
+
+    def short_of_memory(model, batch, predict):
         asked.append(len(batch["input_ids"]))
         if asked[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return true(self, batch)
-    monkeypatch.setattr(CrossEncoder, "probabilities", short_of_memory)
+        return predict(batch)
+    monkeypatch.setattr(inference, "load_model", loading(short_of_memory))
     again = rank(attached, tmp_path / "submission.csv", say=lambda line: None)
     assert max(asked) > 20 and np.allclose(again.rows[list(PROB_COLUMNS)], plain.rows[list(PROB_COLUMNS)], atol=1e-6)
-    assert again.stories["note"].str.contains("halved").all() and sum(size > 20 for size in asked) <= 8, "it learns the size"
+    assert again.outcomes["note"].str.contains("halved").all() and sum(size > 20 for size in asked) <= 8, "it learns the size"
 
 
 def test_one_broken_model_costs_only_itself(attached, plain, tmp_path, monkeypatch):
-    true = CrossEncoder.probabilities
-
-    def broken(self, batch):
-        if self.broken:
+    def broken(model, batch, predict):
+        if model.name == "english":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return true(self, batch)
-
-    def load(one):
-        model = load_member(one)
-        model.broken = one.name == "english"
-        return model
-    monkeypatch.setattr(CrossEncoder, "probabilities", broken)
-    monkeypatch.setattr(inference, "load_member", load)
+        return predict(batch)
+    monkeypatch.setattr(inference, "load_model", loading(broken))
     said = []
     again = rank(attached, tmp_path / "submission.csv", say=said.append)
-    assert dict(zip(again.stories["model"], again.stories["state"])) == {"all": "used", "english": "failed"}
+    assert dict(zip(again.outcomes["model"], again.outcomes["state"])) == {"all": "used", "english": "failed"}
     assert any("illegal memory access" in line for line in said) and again.rows["p_E"].notna().all()
     us = again.rows["product_locale"] == "us"
     assert np.allclose(again.rows.loc[~us, "p_E"], plain.rows.loc[~us, "p_E"]) and not np.allclose(again.rows.loc[us, "p_E"], plain.rows.loc[us, "p_E"])
 
 
-def test_numbers_that_overflow_are_computed_again_in_fp32(attached, tmp_path):
-    one = open_package(attached / "package").members[0]
-    model = load_member(one)
-    true, seen = model.probabilities, []
+def test_numbers_that_overflow_are_computed_again_in_fp32(attached, plain, tmp_path, monkeypatch):
+    asked = []
 
-    def overflowing(batch):
-        seen.append(next(model.backbone.parameters()).dtype)
-        return true(batch) if seen[-1] == torch.float32 else np.full((len(batch["row"]), 4), np.nan, np.float32)
-    model.probabilities = overflowing
-    model.backbone.to(torch.float16)
-    files = sorted((attached / "data").glob("*.zip"))
-    rows = read_candidates(files[1]).head(40)
-    pairs = Encoder(rows, inference.products_of(rows, files[:1]), tmp_path)(one)
-    single = Pass(model, pairs, [np.arange(len(rows))], Watch())
-    single.finish(Budget(1e9, Watch()))
-    assert seen[0] == torch.float16 and seen[-1] == torch.float32 and np.isfinite(single.probs).all()
+    def load(model, precision=""):
+        asked.append((model.name, precision))
+        predict = load_model(model, precision)
+        return predict if precision == "fp32" else lambda batch: np.full((len(batch["row"]), len(LABELS)), np.nan, np.float32)
+    monkeypatch.setattr(inference, "load_model", load)
+    again = rank(attached, tmp_path / "submission.csv", say=lambda line: None)
+    assert sorted(asked) == [("all", ""), ("all", "fp32"), ("english", ""), ("english", "fp32")], "loaded again once"
+    assert set(again.outcomes["state"]) == {"used"} and np.allclose(again.rows["p_E"], plain.rows["p_E"], atol=1e-6)
 
 
 def test_two_processes_say_what_one_says(attached, plain, tmp_path):
@@ -208,7 +216,7 @@ def test_two_processes_say_what_one_says(attached, plain, tmp_path):
     again = rank(attached, tmp_path / "submission.csv", processes=2, say=said.append)
     assert (tmp_path / "submission.csv").read_bytes() == plain.path.read_bytes()
     assert np.allclose(again.rows[list(PROB_COLUMNS)], plain.rows[list(PROB_COLUMNS)], atol=1e-5)
-    assert {line[:3] for line in said if "pairs/s" in line} == {"[0]", "[1]"} and len(again.stories) == 4
+    assert {line[:3] for line in said if "pairs/s" in line} == {"[0]", "[1]"} and len(again.outcomes) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["submission.csv"]
 
 
@@ -217,9 +225,9 @@ def test_processes_that_die_leave_the_rows_to_others(attached, tmp_path, monkeyp
     rows = read_candidates(files[1])
     monkeypatch.setattr(sys, "executable", "false")
     said = []
-    probs, stories = run_processes(open_package(attached / "package"), rows, inference.products_of(rows, files[:1]), Budget(60), 2,
-                                   tmp_path, say=said.append)
-    assert np.isnan(probs).all() and stories == [] and sum("ended with code 1" in line for line in said) == 2
+    answers, outcomes = run_processes(open_package(attached / "package"), rows, products_of(rows, files[:1]), Budget(60), 2,
+                                      tmp_path, say=said.append)
+    assert not answers.is_answered.any() and outcomes == [] and sum("ended with code 1" in line for line in said) == 2
 
 
 def test_products_without_a_catalogue_entry_are_ranked_all_the_same(attached, tmp_path):
@@ -233,8 +241,76 @@ def test_products_without_a_catalogue_entry_are_ranked_all_the_same(attached, tm
 
 def test_a_locale_without_a_model_is_refused_before_anything_is_written(attached, tmp_path):
     package = open_package(attached / "package")
-    only_us = type(package)(package.folder, package.version, tuple(one for one in package.members if one.name == "english"))
+    only_us = dataclasses.replace(package, models=tuple(model for model in package.models if model.name == "english"))
     files = sorted((attached / "data").glob("*.zip"))
     with pytest.raises(InputError, match="covers the locale"):
         rank_lists(only_us, read_candidates(files[1]), files[:1], tmp_path / "s.csv", 300)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def labelled(plain) -> pd.DataFrame:
+    "The rows of the lists with made-up labels."
+    rng = np.random.default_rng(0)
+    return plain.rows.drop(columns=[*PROB_COLUMNS, "score"]).assign(esci_label=rng.choice(LABELS, len(plain.rows)), lexical=rng.random(len(plain.rows)))
+
+
+def with_method(attached, tmp_path, labelled, method: str):
+    "The package of the same two models with a method that was fitted on what they say, and the method."
+    rng, us = np.random.default_rng(1), labelled["product_locale"] == "us"
+    tables = {name: labelled.loc[rows, ["example_id"]].assign(**dict(zip(PROB_COLUMNS, rng.dirichlet(np.ones(len(LABELS)), rows.sum()).T)))
+              for name, rows in (("all", us | True), ("english", us))}
+    fitted = fit_method(method, align(labelled, tables))
+    (tmp_path / "ensemble").mkdir()
+    fitted.save(tmp_path / "ensemble")
+    titles = pd.read_csv(next(attached.glob("data/*catalogue*")))["product_title"].fillna("")
+    pack_tiny(tmp_path / "package", titles, {"all": (0.80, ("us", "es", "jp")), "english": (0.82, ("us",))}, tmp_path / "ensemble")
+    return open_package(tmp_path / "package"), fitted
+
+
+def answers_of(attached, package, rows, folder) -> tuple[Answers, PairCache]:
+    "What the models of a package say about the rows, with ample time."
+    products = products_of(rows, sorted((attached / "data").glob("*catalogue*")))
+    cache = PairCache(rows, products, folder)
+    race = Race(package.models, rows, cache, load_model, Budget(300), say=lambda line: None)
+    run_models(race)
+    return race.answers, cache
+
+
+@pytest.mark.parametrize("method", ["mean", "greedy", "stacking"])
+def test_a_packed_method_is_applied_to_what_its_members_say(attached, tmp_path, labelled, method):
+    from esci_nb.rank.members import with_lexical
+    package, fitted = with_method(attached, tmp_path, labelled, method)
+    rows = read_candidates(next((attached / "data").glob("test*")))
+    answers, cache = answers_of(attached, package, rows, tmp_path / "tokens")
+    prepared = cache.prepare(package.models[0])
+    tables = {name: rows[["example_id"]].assign(**dict(zip(PROB_COLUMNS, answers.of(name).T))).dropna() for name in ("all", "english")}
+    members = align(with_lexical(rows.assign(query=prepared.rows["query"]), prepared.products), tables)
+    expected = members.table(fitted.predict(members)).set_index("example_id").loc[rows["example_id"], list(PROB_COLUMNS)]
+    files = sorted((attached / "data").glob("*.zip"))
+    ranking = rank_lists(package, rows, files[:1], tmp_path / "s.csv", 300, say=lambda line: None)
+    assert np.allclose(ranking.rows[list(PROB_COLUMNS)], expected, atol=1e-6)
+    assert method != "stacking" or not np.allclose(expected, answers.mean(), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["mean", "stacking"])
+def test_a_missing_member_is_made_up_for(attached, tmp_path, labelled, method, monkeypatch):
+    package, _ = with_method(attached, tmp_path, labelled, method)
+    rows = read_candidates(next((attached / "data").glob("test*")))
+    answers, cache = answers_of(attached, package, rows, tmp_path / "tokens")
+    combine = Combination(package, rows, lambda: cache.prepare(package.models[0]))
+    alone, us = Answers(rows, package.models), (rows["product_locale"] == "us").to_numpy()
+    alone.add(package.models[0], answers.of("all"))
+    assert np.allclose(combine(alone)[us], answers.of("all")[us]), "weights are scaled up, stacking falls back to the mean"
+    assert np.allclose(combine(alone)[~us], combine(answers)[~us]), "the other locales miss nobody"
+    assert np.isnan(combine(Answers(rows, package.models))).all()
+
+
+def test_a_method_that_fails_costs_only_itself(attached, tmp_path, labelled, monkeypatch):
+    package, _ = with_method(attached, tmp_path, labelled, "stacking")
+    rows, said = read_candidates(next((attached / "data").glob("test*"))), []
+    answers, cache = answers_of(attached, package, rows, tmp_path / "tokens")
+    combine = Combination(package, rows, lambda: cache.prepare(package.models[0]), said.append)
+    monkeypatch.setattr(type(combine.method), "predict", lambda *given: 1 / 0)
+    assert np.allclose(combine(answers), answers.mean()) and np.allclose(combine(answers), answers.mean())
+    assert len(said) == 1 and "the method stacking failed (division by zero); the plain mean is taken" in said[0]
