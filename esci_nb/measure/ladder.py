@@ -27,8 +27,8 @@ from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_boots
 from ..rank.members import collect, read_scores
 from ..rank.untrained import UNTRAINED, zero_shot_scores
 from ..recipe import RECIPES, Recipe
-from ..run.grid import change_grid, prepare, run_all
-from ..run.plan import Grid
+from ..run.plan import Grid, change_grid
+from ..run.grid import plan_grid, run_plan
 from ..run.stages import run_stage
 
 # %% ../../nbs/810_measure.ladder.ipynb #584b4ec8
