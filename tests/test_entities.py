@@ -194,9 +194,10 @@ def test_markers_in_a_tokenizer(tmp_path):
 
 def test_a_run_with_markers(tmp_path):
     from esci_nb.model.backbones import load_backbone
-    from esci_nb.model.cross_encoder import CrossEncoder
+    from esci_nb.model.cross_encoder import load_model, save_model
     from esci_nb.model.losses import one_hot_targets
-    from esci_nb.recipe import make_recipe
+    from esci_nb.recipe import make_run
+    from esci_nb.strategy.base import TrainingRows
     from esci_nb.train.fit import fit, predict, widen_embeddings
     tokenizer = word_tokenizer([*WORDS, "brand"])
     with quiet():
@@ -212,11 +213,12 @@ def test_a_run_with_markers(tmp_path):
     weight = backbone.get_input_embeddings().weight
     number = marked.convert_tokens_to_ids("⟦/brand⟧")
     assert torch.equal(weight[number], weight[marked.convert_tokens_to_ids("brand")]) and len(weight) == len(marked)
-    recipe = make_recipe(epochs=1, max_length=24, precision="fp32", lr=1e-3)
-    fitted = fit(recipe, pairs, np.arange(8), one_hot_targets(pd.Series([LABELS[0], LABELS[-1]] * 4)), np.ones(8, np.float32), tmp_path / "run")
-    fitted.model.save(tmp_path / "model", marked)
+    run = make_run(backbone=str(tmp_path / "backbone"), epochs=1, max_length=24, precision="fp32", lr=1e-3)
+    labels = one_hot_targets(pd.Series([LABELS[0], LABELS[-1]] * 4))
+    fitted = fit(run, pairs, TrainingRows(np.arange(8), labels, np.ones(8, np.float32)), tmp_path / "run")
+    save_model(fitted.model, tmp_path / "model", marked)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == len(marked)
-    loaded = CrossEncoder.load(tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
     first, second = (predict(model, pairs, np.arange(8)) for model in (fitted.model, loaded))
     assert np.array_equal(first, second) and first.shape == (8, len(LABELS))
     # a second round on the saved backbone keeps what the markers have learnt

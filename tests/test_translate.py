@@ -323,10 +323,10 @@ module.prepare_tables(make_folds(merge_tasks(esci.examples)), esci.products, mod
     assert made.products[list(whole)].equals(whole)
 
 
-def test_recipe_of_the_data_is_in_its_name(tmp_path):
-    plain = data_path("sample", tmp_path)
-    assert plain == data_path("sample", tmp_path, n_folds=3, translate=[], translator="unused", clean=True)
-    others = [data_path("sample", tmp_path, **settings) for settings in (
+def test_settings_of_the_data_are_in_its_name(tmp_path):
+    plain = data_path("sample", DataSettings(), tmp_path)
+    assert plain == data_path("sample", DataSettings(n_folds=3, translate=[], translator="unused", clean=True), tmp_path)
+    others = [data_path("sample", DataSettings(**values), tmp_path) for values in (
         {"clean": False}, {"markers": True}, {"translate": "us"}, {"translate": ["us", "es"]}, {"translate": "us", "translator": "a/b"},
         {"translate": "us", "translated_weight": 0.5}, {"train_on": "us"})]
     assert len({plain, *others}) == len(others) + 1
