@@ -13,7 +13,7 @@ from esci_nb.contract import LABELS, LOCALES, PAIR_KEY, PROB_COLUMNS, ROW_KEY, I
 from esci_nb.folders import open_data
 from esci_nb.rank.judge import judge, nested
 from esci_nb.rank.members import align, apply_calibration, calibrate, collect, expected_gain, gather, read_scores
-from esci_nb.rank.methods import METHODS, Stacking, Winners, correlation, find_method, load_method, split_lists, weighted
+from esci_nb.rank.methods import METHODS, Stacking, Winners, correlation, find_method, fit_method, load_method, split_lists, weighted
 from esci_nb.rank.submission import check_submission
 from esci_nb.rank.untrained import scorer_id
 from esci_nb.run.stages import ensemble_path
@@ -66,10 +66,10 @@ def test_parts_keep_lists_whole(members):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_probabilities_in_every_locale(members, method):
-    fitted = find_method(method).fit(members)
+    fitted = fit_method(method, members)
     predicted = fitted.predict(members)
     assert np.allclose(predicted.sum(axis=1), 1) and (predicted >= 0).all()
-    assert np.array_equal(predicted, find_method(method).fit(members).predict(members)), "deterministic"
+    assert np.array_equal(predicted, fit_method(method, members).predict(members)), "deterministic"
     assert bool(fitted.weights) == (method != "stacking")
     for weights in fitted.weights.values():
         assert np.isclose(sum(weights.values()), 1) and min(weights.values()) >= 0 and list(weights) == members.names
@@ -77,7 +77,7 @@ def test_every_method_gives_probabilities_in_every_locale(members, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_kept_as_plain_text_and_read_again(members, method, tmp_path):
-    fitted = find_method(method, seed=3).fit(members)
+    fitted = fit_method(method, members, seed=3)
     fitted.save(tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["method.json"]
     again = load_method(tmp_path / "new")
@@ -107,7 +107,7 @@ def test_a_member_of_one_locale_leaves_the_others_alone(members):
 def test_the_scale_of_a_scorer_does_not_matter():
     rows, tables = make_members()
     scaled = tables | {"scorer": tables["scorer"].assign(score=tables["scorer"]["score"] * 1000 - 7)}
-    one, other = (find_method("simplex").fit(align(rows, some)).weights[""] for some in (tables, scaled))
+    one, other = (fit_method("simplex", align(rows, some)).weights[""] for some in (tables, scaled))
     assert np.allclose(list(one.values()), list(other.values()), atol=1e-6)
 
 
@@ -130,15 +130,15 @@ def test_clones_share_a_vote():
 
 
 def test_leaderboard_scores_move_the_winners_weights(members):
-    led = find_method("winners", leaderboard={"b": 0.93, "a1": 0.90, "a2": 0.90}).fit(members).weights[""]
-    plain = find_method("winners").fit(members).weights[""]
+    led = fit_method("winners", members, {"b": 0.93, "a1": 0.90, "a2": 0.90}).weights[""]
+    plain = fit_method("winners", members).weights[""]
     assert led["b"] > plain["b"]
     with pytest.raises(InputError, match="'c'.*a1, a2, b, us, scorer"):
-        find_method("winners", leaderboard={"c": 0.9}).fit(members)
+        fit_method("winners", members, {"c": 0.9})
 
 
 def test_stacking_without_lightgbm_says_what_to_install(members, monkeypatch):
-    fitted = find_method("stacking").fit(members)
+    fitted = fit_method("stacking", members)
     monkeypatch.setattr(Stacking, "is_available", classmethod(lambda cls: False))
     for call in (find_method("stacking").fit, fitted.predict):
         with pytest.raises(InputError, match="esci_nb\\[stacking\\]"):

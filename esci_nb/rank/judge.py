@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nested', 'Judged', 'judge', 'plot_judged', 'plot_correlation', 'plot_weights', 'leave_one_out', 'fit_gathered']
 
-# %% ../../nbs/430_rank.judge.ipynb #ee0300b6
+# %% ../../nbs/430_rank.judge.ipynb #bdb698d7
 import dataclasses
 from collections.abc import Iterable, Mapping
 
@@ -15,10 +15,10 @@ import pandas as pd
 from ..contract import LABELS, LOCALES, InputError
 from ..metrics import paired_bootstrap
 from .members import Gathered, Members, expected_gain
-from .methods import METHODS, Mean, Method, correlation, find_method, split_lists
+from .methods import METHODS, Mean, Method, correlation, fit_method, split_lists
 from ..style import ACCENT, QUIET, SECOND, figure, percent
 
-# %% ../../nbs/430_rank.judge.ipynb #c1068110
+# %% ../../nbs/430_rank.judge.ipynb #40f7816a
 def nested(members: Members, method: str, leaderboard: Mapping[str, float] = {}, parts: int = 10, repeats: int = 3,
            seed: int = 0) -> list[np.ndarray]:
     """Probabilities of all labelled lists by a method that was fitted on other lists, once per repeat with other parts.
@@ -32,7 +32,7 @@ def nested(members: Members, method: str, leaderboard: Mapping[str, float] = {},
         part = split_lists(members, min(parts, n_lists), np.random.default_rng([seed, repeat]))
         predicted = np.full((len(part), len(LABELS)), np.nan)
         for number in np.unique(part):
-            fitted = find_method(method, seed=seed, leaderboard=dict(leaderboard)).fit(members.take(part != number))
+            fitted = fit_method(method, members.take(part != number), leaderboard, seed)
             predicted[part == number] = fitted.predict(members.take(part == number))
         out.append(predicted)
     return out
@@ -75,7 +75,7 @@ def _compare(members: Members, ndcg: Mapping[str, pd.Series], optimised: Mapping
     table = pd.DataFrame(table).sort_values(["kind", "ndcg"], ascending=[False, False], ignore_index=True)
     return table.reindex(columns=[*columns, *[name for name in LOCALES if name in table]])
 
-# %% ../../nbs/430_rank.judge.ipynb #9b0de096
+# %% ../../nbs/430_rank.judge.ipynb #908f357d
 def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 10, repeats: int = 3, seed: int = 0,
           methods: Iterable[str] = METHODS) -> Judged:
     """Compare `methods` by nested cross-validation over the labelled lists of `members`.
@@ -92,7 +92,7 @@ def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 
         repeated = nested(members, name, leaderboard, parts, repeats, seed)
         oof[name] = repeated[0]
         ndcg[name] = pd.concat([members.ndcg(expected_gain(probabilities)) for probabilities in repeated], axis=1).mean(axis=1)
-        fitted[name] = find_method(name, seed=seed, leaderboard=dict(leaderboard)).fit(members)
+        fitted[name] = fit_method(name, members, leaderboard, seed)
         optimised[name] = members.ndcg(expected_gain(fitted[name].predict(members))).mean()
     return Judged(_compare(members, ndcg, optimised), pd.DataFrame(ndcg), oof, fitted)
 
@@ -160,8 +160,8 @@ def leave_one_out(members: Members) -> pd.DataFrame:
         rows.append({"member": name, **paired, "correlation": alike[place].max()})
     return pd.DataFrame(rows).sort_values("adds", ascending=False, ignore_index=True)
 
-# %% ../../nbs/430_rank.judge.ipynb #b79d47f3
+# %% ../../nbs/430_rank.judge.ipynb #f5191532
 def fit_gathered(gathered: Gathered, method: str, leaderboard: Mapping[str, float] = {}) -> Method:
     "Fit a method on all labelled lists; the plain mean of runs needs none. Raises `InputError` where a method has no lists to learn from."
     needs_lists = method != Mean.name or gathered.oof is not None or gathered.test is None or gathered.test.is_scorer.any()
-    return find_method(method, leaderboard=dict(leaderboard)).fit(gathered.lists if needs_lists else gathered.test)
+    return fit_method(method, gathered.lists if needs_lists else gathered.test, leaderboard)

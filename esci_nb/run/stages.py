@@ -25,7 +25,8 @@ from ..data.load import fingerprint
 from ..data.prepare import DataSettings
 from ..files import atomic, folder_lock, is_done, remove_empty
 from ..folders import OUTPUTS, open_data, product_path, run_path
-from ..identity import backbone_id, digest_file, id_of, identify, place
+from ..identity import backbone_id, id_of, identify, place
+from ..rank.untrained import scorer_id
 from ..recipe import Run, make_run
 
 # %% ../../nbs/500_run.stages.ipynb #5eaa0af4
@@ -127,7 +128,7 @@ def small_backbone(data: Path, seed: int = 42, outputs: Path = OUTPUTS) -> Path:
             dataset = open_data(data)
             rows, products = dataset.rows[dataset.rows["split"] == "train"].drop_duplicates("query"), dataset.products
             if dataset.info.get("special_tokens"):
-                from esci_nb.data.entities import strip_table
+                from esci_nb.data.markers import strip_table
                 rows, products = strip_table(rows), strip_table(products)
             build_small_backbone([*rows["query"], *(text for field in SMALL_OVERRIDES["text_fields"] for text in products[field])], folder, seed)
             (folder / "DONE").touch()
@@ -175,7 +176,7 @@ def ensemble_path(runs: Sequence[Path], method: str = "mean", name: str = "", sc
     """outputs/ensembles/<name or method>-<id>; the id covers the runs, the method and the content of `scores`.
 
     `scores`: by member, a file or the name of an untrained scorer."""
-    contents = {member: digest_file(path) if Path(path).is_file() else str(path) for member, path in scores.items()}
+    contents = {member: scorer_id(path) for member, path in scores.items()}
     return product_path("ensembles", name or method, runs, outputs, method=method, scores=contents, leaderboard=dict(leaderboard))
 
 
