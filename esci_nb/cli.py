@@ -272,14 +272,14 @@ def _pack(arguments) -> None:
                   help="out-of-fold scores of other systems: query_id, product_id, product_locale, score; 'scores/*.csv' is one file per seed"),
          argument("--to", type=Path, default=Path("nbs/results/ladder.csv")))
 def _ladder(arguments) -> None:
-    from esci_nb.measure.ladder import measure
+    from esci_nb.measure.ladder import measure_ladder
     peers = parse_named(arguments.peers, "file")
     flags = {"--backbones": ["BACKBONE"] if arguments.backbones else [], "--recipes": arguments.recipes, "--seeds": arguments.seeds,
              "--set": arguments.values, "--data-set": arguments.data_values, "--variants": arguments.variants,
              "--peers": ["NAME=FILE"] * len(peers)}
     words = ["esci-nb ladder", *([arguments.file] if arguments.file else []), "DATA"]
     words += [word for flag, values in flags.items() if values for word in (flag, *values)] + ["--zero-shot"] * arguments.zero_shot
-    table = measure(grid_of(arguments), arguments.source, arguments.to, " ".join(map(str, words)), peers,
+    table = measure_ladder(grid_of(arguments), arguments.source, arguments.to, " ".join(map(str, words)), peers,
                     arguments.zero_shot, arguments.outputs, arguments.workers, parse_values(arguments.variants))
     columns = ["recipe", "ndcg", "low", "high", "sd_over_seeds", "delta", "delta_low", "delta_high"]
     print(table[[name for name in columns if name in table]].to_string(index=False))

@@ -27,8 +27,8 @@ from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_boots
 from ..rank.members import collect, read_scores
 from ..rank.untrained import UNTRAINED, zero_shot_scores
 from ..recipe import RECIPES, Recipe
-from ..run.grid import change_grid, prepare, run_all
-from ..run.plan import Grid
+from ..run.plan import Grid, change_grid
+from ..run.grid import plan_grid, run_plan
 from ..run.stages import run_stage
 
 # %% ../../nbs/810_measure.ladder.ipynb #584b4ec8
@@ -211,15 +211,16 @@ def measure_ladder(grid: Grid, source: str, to: Path, command: str, peers: Mappi
     _check_names(peers)
     grid = change_grid(grid, data={"over": "ranked"} | dict(grid.data))
     grids = [grid, *(_change(grid, name, value) for name, value in variants.items())]
-    (plan, grid), *others = [prepare(one, source, outputs) for one in grids]
+    plans = [plan_grid(one, source, outputs) for one in grids]
+    plan = plans[0]
     rows, files = ranked_rows(plan.data), {name: peer_files(pattern) for name, pattern in peers.items()}
     for path in itertools.chain(*files.values()):  # mistakes come before the first training
         _peer_ndcg(path, rows)
     runs = []
-    for one in (plan, *(other for other, _ in others)):
-        run_all(one, workers)
+    for one in plans:
+        run_plan(one, workers)
         runs += one.runs
-    backbones = [name for name, _ in grid.backbones]
+    backbones = list(dict.fromkeys(plan.training[run].backbone for run in plan.runs))
     untrained = backbones[0] if zero_shot else ""
     folder = ladder_path(runs, plan.data.path, files, untrained, outputs)
     run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in runs], "outputs": str(outputs),

@@ -73,12 +73,12 @@ def run_steps(files: Path, work: Path, backbone: str, workers: int = 2) -> list[
     from esci_nb.data.load import load
     from esci_nb.data.merge import merge_tasks
     from esci_nb.model.encode import EncodedPairs, add_markers
-    from esci_nb.data.entities import SPECIAL_TOKENS
+    from esci_nb.data.markers import SPECIAL_TOKENS
     from esci_nb.hub import load_tokenizer
-    from esci_nb.data.prepare import in_parts, mark_in_parts
+    from esci_nb.data.prepare import work_in_parts, mark_in_parts
     from esci_nb.files import write_table
     from esci_nb.data.clean import clean_products, clean_queries
-    from esci_nb.data.translate import mark_originals
+    from esci_nb.data.translated_rows import mark_originals
     tokenizer, lines = add_markers(load_tokenizer(backbone), SPECIAL_TOKENS), []
 
     def step(name: str, unit: str, do: Callable):
@@ -99,7 +99,7 @@ def run_steps(files: Path, work: Path, backbone: str, workers: int = 2) -> list[
         return rows, len(esci.examples)
 
     def clean():
-        return (clean_queries(rows), in_parts(esci.products, clean_products, work / "parts", "cleaned", workers)), len(esci.products)
+        return (clean_queries(rows), work_in_parts(esci.products, clean_products, work / "parts", "cleaned", workers)), len(esci.products)
 
     def mark():
         in_language = products.assign(language=products["product_locale"])

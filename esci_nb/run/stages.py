@@ -128,7 +128,7 @@ def small_backbone(data: Path, seed: int = 42, outputs: Path = OUTPUTS) -> Path:
             dataset = open_data(data)
             rows, products = dataset.rows[dataset.rows["split"] == "train"].drop_duplicates("query"), dataset.products
             if dataset.info.get("special_tokens"):
-                from esci_nb.data.entities import strip_table
+                from esci_nb.data.markers import strip_table
                 rows, products = strip_table(rows), strip_table(products)
             build_small_backbone([*rows["query"], *(text for field in SMALL_OVERRIDES["text_fields"] for text in products[field])], folder, seed)
             (folder / "DONE").touch()

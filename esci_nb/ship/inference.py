@@ -28,11 +28,11 @@ from ..contract import LABELS, PROB_COLUMNS, PRODUCT_COLUMNS, PRODUCT_KEY, Input
 from ..files import atomic, read_json, write_json
 from ..hub import load_tokenizer
 from ..metrics import ranking_score
-from ..data.prepare import DataRecipe, Prepared, prepare
+from ..data.prepare import DataSettings, Prepared, prepare_tables
 from ..data.read import read_products
-from ..model.cross_encoder import CrossEncoder
+from ..model.cross_encoder import load_model
 from ..model.encode import EncodedPairs
-from ..model.engines import ready
+from ..model.engines import predictor
 from ..rank.members import align, with_lexical
 from ..rank.methods import load_method
 from ..rank.submission import check_submission, order_pairs, read_candidates, write_ranked
@@ -61,16 +61,16 @@ class PairCache:
 
     def __init__(self, rows: pd.DataFrame, products: pd.DataFrame, folder: Path):
         self.rows, self.products, self.folder = rows, products, Path(folder)
-        self.prepared: dict[DataRecipe, Prepared] = {}
+        self.prepared: dict[DataSettings, Prepared] = {}
         self.pairs: dict[str, EncodedPairs] = {}
 
     def prepare(self, model: PackedModel) -> Prepared:
         "The rows and products as the model reads them."
-        recipe = DataRecipe(clean=model.texts["clean"], markers=model.texts["markers"])
+        settings = DataSettings(clean=model.texts["clean"], markers=model.texts["markers"])
         if recipe not in self.prepared:
-            self.prepared[recipe] = prepare(self.rows, self.products, recipe, self.folder / f"parts{len(self.prepared)}",
+            self.prepared[settings] = prepare_tables(self.rows, self.products, settings, self.folder / f"parts{len(self.prepared)}",
                                             self.folder / "unused", workers=os.cpu_count() or 1)
-        return self.prepared[recipe]
+        return self.prepared[settings]
 
     def __call__(self, model: PackedModel) -> EncodedPairs:
         recipe, texts = model.recipe, model.texts
@@ -84,7 +84,7 @@ class PairCache:
 # %% ../../nbs/630_ship.inference.ipynb #da8dfaae
 def load_model(model: PackedModel, precision: str = "") -> Predict:
     "What turns a batch of encoded pairs into probabilities, float32 (rows, classes); `precision`: instead of that of the recipe."
-    return ready(CrossEncoder.load(model.folder), precision or model.recipe.precision).probabilities
+    return predictor(load_model(model.folder), precision or model.recipe.precision)
 
 # %% ../../nbs/630_ship.inference.ipynb #d27692b9
 class Combination:
