@@ -186,4 +186,4 @@ def test_a_peer_may_not_take_the_name_of_a_row_of_ours():
     from esci_nb.measure.ladder import measure_ladder
     for name in ("www", "BM25"):
         with pytest.raises(InputError, match=f"called '{name}'"):
-            measure(None, "sample", "ladder.csv", "", {"mine": "mine.csv", name: "scores.csv"})
+            measure_ladder(None, "sample", "ladder.csv", "", {"mine": "mine.csv", name: "scores.csv"})
