@@ -65,10 +65,10 @@ def mark_done(folder: Path) -> None:
     if "ESCI_NB_RUNNER" not in os.environ:
         (Path(folder) / "DONE").touch()
 
-# %% ../nbs/020_files.ipynb #3010b8a9
+# %% ../nbs/020_files.ipynb #36198711
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    "Hold `folder`/LOCK while the block runs; waits, and says so, while another process holds it."
+    "Hold `folder`/LOCK, which says who does, while the block runs; waits, and says so, while another process holds it."
     path = Path(folder) / "LOCK"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -78,18 +78,21 @@ def folder_lock(folder: Path) -> Iterator[None]:
         print(f"{path.parent.name}: another process is at work on it; waiting", flush=True)
         lock.acquire()
     try:
+        path.write_text(f"{os.getpid()}\n")
         yield
     finally:
+        path.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/020_files.ipynb #340dcf3f
+# %% ../nbs/020_files.ipynb #9999f228
 def is_locked(folder: Path) -> bool:
     "Whether another process holds the lock of `folder`."
     path = Path(folder) / "LOCK"
     if not path.is_file():
         return False
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=0):  # makes the file anew if its owner has just removed it
+            path.unlink(missing_ok=True)
             return False
     except Timeout:
         return True

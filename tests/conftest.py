@@ -1,4 +1,4 @@
-"""What several test files share: a tiny data folder, written once a session."""
+"""What several test files share: a tiny data folder, written once per session."""
 import os
 from pathlib import Path
 
@@ -22,6 +22,6 @@ def tiny_files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(tiny_files, tmp_path_factory):
     "One demo run over the tiny files."
-    from esci_nb.run.demo import pipeline
+    from esci_nb.run.demo import run_everything
     outputs = tmp_path_factory.mktemp("work") / "outputs"
-    return pipeline(str(tiny_files), n_folds=2, outputs=outputs, **QUICK)
+    return run_everything(str(tiny_files), n_folds=2, outputs=outputs, **QUICK)

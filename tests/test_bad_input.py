@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from esci_nb.cli import main
-from esci_nb.contract import EXAMPLES_FILE, PRODUCTS_FILE
+from esci_nb.contract import EXAMPLES_FILE, LABELS, PRODUCTS_FILE
 
 
 def edit(name, change):
@@ -72,7 +72,7 @@ DATA_MISTAKES = {
     "empty file": (put(PR, b""), PR),
     "missing column": (edit(EX, lambda t: t.drop(columns="esci_label")), "esci_label"),
     "missing product column": (edit(PR, lambda t: t.drop(columns="product_title")), "product_title"),
-    "unknown locale": (edit(EX, first("product_locale", "fr")), "fr"),
+    "unknown locale": (edit(EX, first("product_locale", "atlantis")), "atlantis"),
     "unknown label": (edit(EX, first("esci_label", "X")), "X"),
     "unknown split": (edit(EX, first("split", "dev")), "dev"),
     "query id no number": (edit(EX, lambda t: t.assign(query_id=t["query_id"].map(lambda i: f"q{i}"))), "query_id"),
@@ -80,7 +80,7 @@ DATA_MISTAKES = {
     "empty titles": (edit(PR, lambda t: t.assign(product_title="")), "product_title"),
     "duplicate example id": (edit(EX, lambda t: t.assign(example_id=[t["example_id"].iloc[1], *t["example_id"].iloc[1:]])), "example_id"),
     "pair with two labels": (edit(EX, lambda t: pd.concat([t, t.head(1).assign(
-        example_id=10**7, esci_label="I" if t["esci_label"].iloc[0] == "E" else "E")])), "twice"),
+        example_id=10**7, esci_label=next(label for label in LABELS if label != t["esci_label"].iloc[0]))])), "twice"),
     "duplicate product": (edit(PR, lambda t: pd.concat([t, t.head(1).assign(product_title="another")])), "product"),
     "product not in the catalogue": (edit(EX, first("product_id", "NOSUCH")), "NOSUCH"),
     "one query id, two texts": (edit(EX, first("query", "quite another query")), "query"),
@@ -183,7 +183,7 @@ def test_peer_files_of_one_name(tmp_path):
 
 def test_a_peer_may_not_take_the_name_of_a_row_of_ours():
     from esci_nb.contract import InputError
-    from esci_nb.measure.ladder import measure
+    from esci_nb.measure.ladder import measure_ladder
     for name in ("www", "BM25"):
         with pytest.raises(InputError, match=f"called '{name}'"):
             measure(None, "sample", "ladder.csv", "", {"mine": "mine.csv", name: "scores.csv"})

@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esci_nb import data
-from esci_nb.contract import EXAMPLE_COLUMNS, EXAMPLES_FILE, PAIR_KEY, PRODUCT_COLUMNS, PRODUCTS_FILE, InputError
-from esci_nb.data.download import RemoteFile, download
+from esci_nb.contract import EXAMPLE_COLUMNS, EXAMPLES_FILE, LABEL_RECORDS, PAIR_KEY, PRODUCT_COLUMNS, PRODUCTS_FILE, InputError
+from esci_nb.data.download import FILES, RemoteFile, download
 from esci_nb.data.folds import make_folds
-from esci_nb.data.load import load
+from esci_nb.data.load import fingerprint, load
 from esci_nb.data.merge import join_products, merge_tasks
 from esci_nb.data.read import read_examples, read_products
 
@@ -59,9 +58,9 @@ def write_released(folder: Path, examples: pd.DataFrame | None = None, products:
 
 
 def write_competition(folder: Path, suffix: str, examples: pd.DataFrame | None = None) -> Path:
-    "The same data as the competition handed it out: a folder a task, v0.3 names, words as labels, test labels hidden."
+    "The same data as the competition handed it out: a folder per task, v0.3 names, words as labels, test labels hidden."
     examples = make_examples() if examples is None else examples
-    words = {"E": "exact", "S": "substitute", "C": "Complement", "I": "IRRELEVANT"}
+    words = {label.code: spell(label.name) for label, spell in zip(LABEL_RECORDS, (str, str, str.title, str.upper))}
     old = examples.replace({"esci_label": words}).rename(columns={"product_locale": "query_locale"})
     old = old.drop(columns=["example_id", "small_version", "large_version", "split"])
     is_list, is_test = examples["small_version"] == 1, examples["split"] == "test"
@@ -183,13 +182,67 @@ def test_one_blank_title_in_a_large_catalogue_is_only_a_warning(tmp_path):
         assert len(read_products(tmp_path / "products.parquet")) == 2000
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".csv.zip"])
+def test_capitals_in_file_names_change_nothing(tmp_path, suffix):
+    small = write_competition(tmp_path / "small", suffix)
+    shutil.copytree(small, tmp_path / "capitals")
+    for path in list((tmp_path / "capitals").rglob("*.*")):
+        path.rename(path.with_name(path.name.upper()))
+    for table in ("examples", "products"):
+        pd.testing.assert_frame_equal(getattr(load(small), table), getattr(load(tmp_path / "capitals"), table))
+    assert fingerprint(small)[1] == fingerprint(tmp_path / "capitals")[1]
+
+
+def test_capitals_in_the_released_names_change_nothing(folder, tmp_path):
+    capitals = tmp_path / "capitals"
+    capitals.mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, capitals / path.name.upper())
+    pd.testing.assert_frame_equal(load(capitals).examples, load(folder).examples)
+    assert fingerprint(capitals)[1] == fingerprint(folder)[1]
+
+
+def hide_rubbish(folder: Path) -> None:
+    "Leave behind what systems and editors leave behind."
+    for name in (".hidden.csv", "__MACOSX/._train.csv", ".ipynb_checkpoints/train-checkpoint.csv", "task_1/.~lock.train.csv", ".git/products.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no table \0")
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    folder = write_competition(tmp_path / ".cache" / "shop", ".csv")  # that the folder itself is hidden does not matter
+    before, loaded = fingerprint(folder), load(folder)
+    hide_rubbish(folder)
+    pd.testing.assert_frame_equal(load(folder).examples, loaded.examples)
+    assert fingerprint(folder) == before
+
+
+def test_fingerprint_is_of_contents_not_of_places(folder, tmp_path):
+    name, content = fingerprint(folder)
+    assert name == "esci" and len(content) == 16
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "linked").symlink_to(folder)
+    assert fingerprint(tmp_path / "copy") == ("copy", content) and fingerprint(str(tmp_path / "linked")) == ("esci", content)
+    (tmp_path / "copy" / "other.csv").write_text("a,b\n1,2\n")  # load does not read it beside the release
+    assert fingerprint(tmp_path / "copy")[1] == content
+    make_examples().iloc[:-1].to_parquet(tmp_path / "copy" / EXAMPLES_FILE)
+    assert fingerprint(tmp_path / "copy")[1] != content
+    assert "no folder" in message_of(fingerprint, tmp_path / "nowhere") and "is a file" in message_of(fingerprint, folder / EXAMPLES_FILE)
+
+
+def test_fingerprint_of_the_sample_is_its_version(monkeypatch):
+    from esci_nb.data import sample
+    first = fingerprint("sample")
+    monkeypatch.setattr(sample, "SAMPLE_VERSION", sample.SAMPLE_VERSION + 1)
+    assert fingerprint("sample")[0] == first[0] == "sample" and fingerprint("sample")[1] != first[1]
+
+
 def test_byte_order_mark_is_no_part_of_a_name(tmp_path):
     make_products().to_csv(tmp_path / "products.csv", index=False, encoding="utf-8-sig")
     assert len(read_products(tmp_path / "products.csv")) == 5
 
 
-def test_sample_comes_from_its_own_chapter():
-    pytest.importorskip("esci_nb.sample", reason="the sample chapter is not there")
+def test_sample_has_the_columns_of_the_release():
     esci = load("sample")
     assert tuple(esci.examples.columns) == EXAMPLE_COLUMNS and tuple(esci.products.columns) == PRODUCT_COLUMNS
 
@@ -231,7 +284,7 @@ BAD_EXAMPLES = {
     "product_id as numbers": (lambda f: f.assign(product_id=f["product_id"].astype(int)), ["product_id", "zeros"]),
     "product_id missing": (change("product_id", 1, None), ["product_id", "empty in 1 row"]),
     "query empty": (change("query", 4, "  "), ["column query,", "empty in 1 row"]),
-    "unknown locale": (change("product_locale", 3, "fr"), ["product_locale", "'fr'", "'us'"]),
+    "unknown locale": (change("product_locale", 3, "uk"), ["product_locale", "'uk'", "'us'"]),
     "unknown label": (change("esci_label", 3, "Great"), ["esci_label", "'Great'", "1 row"]),
     "unlabelled train row": (change("esci_label", 0, ""), ["esci_label", "1 train row"]),
     "unknown split": (change("split", 0, "dev"), ["split", "'dev'"]),
@@ -313,6 +366,7 @@ BAD_FILES = {
     "zip cut": ("products.csv.zip", cut_in_half(zip_of(products=GOOD_CSV * 20)), "whole zip"),
     "zip damaged": ("products.csv.zip", flip_a_byte, "whole zip"),
     "zip of two": ("products.csv.zip", zip_of(one=GOOD_CSV, two=GOOD_CSV), "2 csv files ('one.csv', 'two.csv')"),
+    "zip of hidden": ("products.csv.zip", zip_of(**{"__MACOSX/._products": GOOD_CSV, "._products": GOOD_CSV}), "0 csv files"),
     "zip of none": ("products.csv.zip", zip_of(), "0 csv files"),
     "Git LFS pointer": ("products.parquet", lambda path: path.write_bytes(
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4a\nsize 9\n"), "Git LFS"),
@@ -366,7 +420,7 @@ def test_bad_arguments(tmp_path):
     assert "n_folds is '3'" in message_of(make_folds, rows, n_folds="3")
     assert "'all'" in message_of(make_folds, rows, over="all")
     assert "no label" in message_of(make_folds, rows.assign(esci_label=""), over="ranked")
-    assert "'source'" in message_of(make_folds, rows.drop(columns="source"))
+    assert "lacks the column(s) source;" in message_of(make_folds, rows.drop(columns="source"))
     assert "'0003 / us'" in message_of(join_products, rows, make_products().drop(index=2))
     assert "'0001 / us'" in message_of(join_products, rows, pd.concat([make_products(), make_products().head(1)]))
 
@@ -536,6 +590,6 @@ def test_download_checks_the_disk_first(tmp_path, server, monkeypatch):
 
 
 def test_official_files_are_the_published_ones():
-    sizes = {file.name: file.size for file in data.FILES}
+    sizes = {file.name: file.size for file in FILES}
     assert sizes == {EXAMPLES_FILE: 51_286_808, PRODUCTS_FILE: 1_108_857_465}
-    assert all(len(file.sha256) == 64 for file in data.FILES)
+    assert all(len(file.sha256) == 64 for file in FILES)

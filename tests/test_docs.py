@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from esci_nb.cli import main, make_parser
 from esci_nb.contract import InputError
 
 NBS = ROOT / "nbs"
+OWN = {"rdrop", "nbs/08b_rdrop.ipynb", "esci_nb/rdrop.py"}  # what the guide to a strategy of one's own makes
 TEXTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((NBS / "guides").glob("*.md"))]
 needs_sphinx = pytest.mark.skipif(not (find_spec("sphinx") and find_spec("myst_nb") and find_spec("furo")),
                                   reason="the extra docs is not installed: make check-docs runs this")
@@ -27,15 +29,34 @@ needs_sphinx = pytest.mark.skipif(not (find_spec("sphinx") and find_spec("myst_n
 def sources(tmp_path_factory) -> Path:
     "What Sphinx would read."
     folder = tmp_path_factory.mktemp("sources")
-    docs.write_sources(NBS, folder)
+    docs.write_sources(NBS, folder, make_parser())
     return folder
 
 
 def test_every_notebook_and_guide_is_a_page(sources):
-    wanted = [path.relative_to(NBS).with_suffix("") for path in (*NBS.rglob("*.ipynb"), *(NBS / "guides").glob("*.md"))
-              if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)]
-    missing = [str(page) for page in wanted if not any((sources / f"{page}{end}").is_file() for end in (".ipynb", ".md"))]
-    assert len(wanted) > 30 and not missing, f"not in nbs/sidebar.yml: {missing}"
+    pages = [path.relative_to(NBS).with_suffix("").as_posix() for path in (*NBS.rglob("*.ipynb"), *(NBS / "guides").glob("*.md"))
+             if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)]
+    missing = [page for page in pages if not any((sources / f"{page}{end}").is_file() for end in (".ipynb", ".md"))]
+    assert len(pages) > 60 and not missing, f"not in nbs/sidebar.yml: {missing}"
+    listed = [page for group in docs.nbs_pages(NBS).values() for page in group]
+    assert sorted(["index", *listed]) == sorted(pages), "each in one section"
+
+
+def test_sections_are_packages_in_reading_order():
+    sections = docs.nbs_pages(NBS)
+    chapters = [page for group in sections.values() for page in group if re.match(r"\d", page)]
+    assert chapters == sorted(chapters)
+    for section, pages in sections.items():
+        assert len({re.match(r"\d+_(\w+\.)?", page)[1] for page in pages if re.match(r"\d", page)}) <= 1, section
+
+
+def test_reference_shows_every_field_and_command(sources):
+    from esci_nb.recipe import Recipe, Rounds, Run
+    text = (sources / "reference.md").read_text()
+    for kind in (Recipe, Rounds, Run):
+        part = text.partition(f"#### Fields of {kind.__name__}\n")[2].partition("\n#")[0]
+        assert all(f"| `{name}` | {field.description}" in part for name, field in kind.model_fields.items()), kind.__name__
+    assert "### esci-nb grid\n" in text and "## Ranking\n" in text and "`from esci_nb.rank.methods import ...`" in text
 
 
 def test_every_page_says_how_to_run_it(sources):
@@ -45,15 +66,16 @@ def test_every_page_says_how_to_run_it(sources):
 
 
 def test_every_public_name_is_a_target_once(sources):
-    text = "".join(path.read_text() for path in sources.rglob("*.ipynb"))
-    for path in (ROOT / "esci_nb").glob("*.py"):
+    text = "\n".join("".join(cell["source"]) for path in sources.rglob("*.ipynb") for cell in json.loads(path.read_text())["cells"])
+    targets = Counter(re.findall(r"^::::\{py:(function|class)\} (\w+).*\n:module: (\S+)$", text, re.M))
+    for path in (ROOT / "esci_nb").rglob("*.py"):
         if path.stem in ("__init__", "_modidx"):
             continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 kind = "function" if isinstance(node, ast.FunctionDef) else "class"
-                found = re.findall(rf"::::{{py:{kind}}} {node.name}(?:\((?:(?!\\n).)*)?\\n:module: esci_nb\.{path.stem}\\n", text)
-                assert len(found) == 1, f"{path.stem}.{node.name}: {len(found)}"
+                assert targets[kind, node.name, module] == 1, f"{module}.{node.name}"
 
 
 def commands(text: str) -> list[list[str]]:
@@ -80,7 +102,7 @@ def test_commands_exist(path, capsys):
             except SystemExit:
                 raise AssertionError(f"{' '.join(words)}: {capsys.readouterr().err}") from None
             for recipe in getattr(arguments, "recipes", None) or []:
-                assert recipe in RECIPES or recipe == "rdrop", words  # rdrop: what the guide adds
+                assert recipe in RECIPES or recipe in OWN, words
             if arguments.command in ("grid", "demo", "ladder"):
                 make_recipe(**parse_values(arguments.values))
         else:
@@ -92,8 +114,7 @@ def test_commands_exist(path, capsys):
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_files_named_in_prose_exist(path):
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
-    own = {"nbs/08b_rdrop.ipynb", "esci_nb/rdrop.py"}  # what the guide makes
-    for name in set(re.findall(r"`((?:nbs|tests|esci_nb|\.github)/[\w./-]*)`", prose)) - own:
+    for name in set(re.findall(r"`((?:nbs|tests|esci_nb|\.github)/[\w./-]*)`", prose)) - OWN:
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
         assert (path.parent / link).exists(), link
@@ -112,17 +133,6 @@ def test_winners_numbers_are_the_slides_own():
         assert not numbers or "[S]" in text or "[T]" in text, f"{path.name} gives {numbers} without a source mark"
 
 
-def test_nbdev_reads_docstrings_without_running_cells(monkeypatch):
-    pytest.importorskip("nbdev")
-    from execnb.nbio import read_nb
-    from nbdev.processors import FilterDefaults
-    monkeypatch.chdir(ROOT)
-    notebook = read_nb(NBS / "05_metrics.ipynb")
-    FilterDefaults()(notebook)
-    shown = ["".join(cell.outputs[0]["data"]["text/markdown"]) for cell in notebook.cells if "show_doc(" in cell.source]
-    assert any(text.startswith("### ndcg\n") and "```python\nndcg(query_id" in text for text in shown) and len(shown) > 8
-
-
 def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "letters.txt").write_text("mine")
     if find_spec("sphinx"):
@@ -130,19 +140,19 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys):
         assert "not a built site" in capsys.readouterr().err and (tmp_path / "letters.txt").is_file()
     monkeypatch.setitem(sys.modules, "furo", None)
     assert main(["docs", "--to", str(tmp_path / "site")]) == 2
-    said = capsys.readouterr().err
-    assert "make docs" in said and said.count("\n") == 1 and not (tmp_path / "site").exists()
+    sentence = capsys.readouterr().err
+    assert "make docs" in sentence and sentence.count("\n") == 1 and not (tmp_path / "site").exists()
     monkeypatch.setattr(docs.metadata, "files", lambda name: [])
     with pytest.raises(InputError, match="sphinx-mathjax-offline==0.0.2"):
         docs.mathjax()
 
 
 def test_a_page_that_is_not_there_and_a_chapter_without_title(tmp_path):
-    (tmp_path / "sidebar.yml").write_text("website:\n  sidebar:\n    contents:\n      - section: A\n        contents: [guides/none.md]\n")
+    (tmp_path / "sidebar.yml").write_text("A: [guides/none.md]\n")
     with pytest.raises(InputError, match="guides/none.md"):
         docs.nbs_pages(tmp_path)
     with pytest.raises(InputError, match="no title"):
-        docs.page_title({"cells": [{"cell_type": "markdown", "source": "text"}]})
+        docs.page_title("text\n## Part")
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +160,7 @@ def small_checkout(tmp_path_factory) -> Path:
     "A checkout with an index and one chapter, in which mistakes can be made."
     nbs = tmp_path_factory.mktemp("small") / "nbs"
     nbs.mkdir()
-    (nbs / "sidebar.yml").write_text('website:\n  sidebar:\n    contents:\n      - index.ipynb\n      - section: Chapters\n        contents: "0*.ipynb"\n')
+    (nbs / "sidebar.yml").write_text('Chapters: "0*.ipynb"\n')
     for name in ("styles.css", "icon.svg"):
         shutil.copy(NBS / name, nbs)
     return nbs.parent
@@ -159,7 +169,7 @@ def small_checkout(tmp_path_factory) -> Path:
 def write_page(checkout: Path, name: str, *texts: str) -> None:
     "A notebook of Markdown cells, and one cell that says what it exports."
     cells = [{"cell_type": "markdown", "metadata": {}, "source": text} for text in texts]
-    cells.append({"cell_type": "code", "metadata": {}, "source": "#| default_exp tiny", "outputs": [], "execution_count": None})
+    cells.append({"cell_type": "code", "metadata": {}, "source": "#| default_exp data.tiny", "outputs": [], "execution_count": None})
     notebook = {"cells": cells if name != "index" else cells[:-1], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 4}
     (checkout / "nbs" / f"{name}.ipynb").write_text(json.dumps(notebook))
 
@@ -167,17 +177,17 @@ def write_page(checkout: Path, name: str, *texts: str) -> None:
 @needs_sphinx
 def test_build_is_strict(small_checkout, tmp_path):
     write_page(small_checkout, "index", "# Home\n> A page.", "Text with $x^2$.")
-    write_page(small_checkout, "00_tiny", "# Tiny\n> A chapter.", "## Part\n\nSee chapter *Tiny*.")
-    pages, links = docs.build_docs(tmp_path / "site", small_checkout)
-    assert pages >= 4 and links > 20 and (tmp_path / "site" / "00_tiny.html").is_file()
+    write_page(small_checkout, "010_data.tiny", "# Tiny\n> A chapter.", "## Part\n\nSee chapter *Tiny*.")
+    pages, links = docs.build_docs(tmp_path / "site", root=small_checkout)
+    assert pages >= 4 and links > 20 and (tmp_path / "site" / "010_data.tiny.html").is_file()
     mathjax = (tmp_path / "site" / "_static" / "mathjax.js").read_bytes()
     assert hashlib.sha256(mathjax).hexdigest() == docs.MATHJAX_SHA256
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")}
-    for text, said in (("### Too deep", "Non-consecutive header level"), ("[x](none.ipynb)", "none.ipynb"), ("<a href='none.html'>x</a>", "none.html"),
+    for text, warning in (("### Too deep", "Non-consecutive header level"), ("[x](none.ipynb)", "none.ipynb"), ("<a href='none.html'>x</a>", "none.html"),
                        ("<img src='https://example.org/x.png'>", "example.org")):
-        write_page(small_checkout, "00_tiny", "# Tiny\n> A chapter.", text)
-        with pytest.raises(RuntimeError, match=re.escape(said)):
-            docs.build_docs(tmp_path / "site", small_checkout)
+        write_page(small_checkout, "010_data.tiny", "# Tiny\n> A chapter.", text)
+        with pytest.raises(RuntimeError, match=re.escape(warning)):
+            docs.build_docs(tmp_path / "site", root=small_checkout)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")}, "a failed build leaves the last site alone"
 
 

@@ -93,8 +93,8 @@ def wait_for_another(image, before: bytes) -> None:
 
 def test_widgets_move_the_pictures(page):
     run_cell(page, "source: str =")
-    run_cell(page, "data = eda.open_eda(source)")
-    run_cell(page, "lengths = eda.token_lengths")
+    run_cell(page, "data = open_eda(source)")
+    run_cell(page, "lengths = texts.token_lengths")
     slider = run_cell(page, "slider = LengthSlider(lengths)")
     image = slider.locator("img.widget-image")
     before = picture(image)

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from esci_nb.strategy.adversarial import AWP, FGM
-from esci_nb.model.backbones import BACKBONES, POOLINGS, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
-from esci_nb.contract import LABELS, InputError
+from esci_nb.model.backbones import BACKBONES, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
+from esci_nb.contract import LABELS, LOCALE_RECORDS, InputError
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks
 from esci_nb.model.encode import EncodedPairs, PairFrame
-from esci_nb.recipe import WINNER_QUARTERS, make_recipe
+from esci_nb.recipe import POOLINGS, WINNER_QUARTERS, make_run
 from esci_nb.model.layer_rates import find_layers, parameter_groups, rate_table
 from esci_nb.model.losses import soft_cross_entropy
 from esci_nb.hub import load_tokenizer, quiet
@@ -216,12 +216,12 @@ def test_parts_side_by_side_train_as_one_batch(case, two_threads):
 
 def test_parts_side_by_side_predict_the_same(case, two_threads, monkeypatch):
     name, family, folder, pairs = case
-    monkeypatch.setattr("esci_nb.model.PART_TOKENS", 100)
+    monkeypatch.setattr("esci_nb.model.engines.PART_TOKENS", 100)
     model, positions = CrossEncoder(load_backbone(str(folder)), "weighted"), np.arange(len(pairs))
     two = predict(model, pairs, positions, "fp32")
     torch.set_num_threads(1)
     np.testing.assert_array_equal(predict(model, pairs, positions, "fp32"), two)
-    monkeypatch.setattr("esci_nb.model.PART_TOKENS", 10 ** 9)
+    monkeypatch.setattr("esci_nb.model.engines.PART_TOKENS", 10 ** 9)
     np.testing.assert_allclose(predict(model, pairs, positions, "fp32"), two, atol=1e-6)
 
 
@@ -375,7 +375,8 @@ def test_facts_are_consistent():
         config = facts.config()
         assert parameter_count(config) > 2e7 and config.model_type == facts.family, name
         assert "bf16" in facts.half_precision and facts.locales
-        assert (facts.languages == "English") == (facts.locales == ("us",))
+        english = tuple(record.code for record in LOCALE_RECORDS if record.language == "English")
+        assert facts.locales == (english if facts.languages == "English" else tuple(record.code for record in LOCALE_RECORDS))
         assert uses_segments(config) == (facts.family == "bert")
 
 

@@ -21,8 +21,7 @@ from esci_nb.cli import main
 from esci_nb.contract import LOCALES, InputError
 from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
 from esci_nb.run.costs import plan_costs, read_costs, wall_hours
-from esci_nb.run.grid import change_grid
-from esci_nb.run.plan import Grid, plan_runs, read_grid
+from esci_nb.run.plan import Grid, change_grid, plan_runs, read_grid
 from esci_nb.run.workers import run_jobs, worker_slots
 from esci_nb.strategy.pseudo import pseudo_predictions
 from esci_nb.files import folder_lock, is_locked

@@ -17,7 +17,7 @@ from esci_nb.ship import inference
 from esci_nb.ship.clock import Budget, cut_slices
 from esci_nb.ship.inference import Combination, PairCache, load_predictor, products_of, rank_lists, run_processes
 from esci_nb.ship.package import PackedModel, open_package
-from esci_nb.ship.schedule import Answers, Race, by_strength, run_models, that_fit
+from esci_nb.ship.schedule import Answers, ModelRace, by_strength, run_models, that_fit
 from packing import competition_files, pack_tiny
 
 
@@ -71,7 +71,7 @@ def run(seconds: float, models: list[PackedModel], late=None):
 
     def load(model: PackedModel, precision: str):
         return pretended(watch, PAIRS, model.work * 1e-6, *([late[model.name]] if late and model.name in late else []))
-    race = Race(models, ROWS, lambda model: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
+    race = ModelRace(models, ROWS, lambda model: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
     outcomes = run_models(race)
     return race.answers, {outcome.model: outcome.state for outcome in outcomes}, said, watch.now
 
@@ -274,7 +274,7 @@ def answers_of(attached, package, rows, folder) -> tuple[Answers, PairCache]:
     "What the models of a package say about the rows, with ample time."
     products = products_of(rows, sorted((attached / "data").glob("*catalogue*")))
     cache = PairCache(rows, products, folder)
-    race = Race(package.models, rows, cache, load_predictor, Budget(300), say=lambda line: None)
+    race = ModelRace(package.models, rows, cache, load_predictor, Budget(300), say=lambda line: None)
     run_models(race)
     return race.answers, cache
 

@@ -1,4 +1,4 @@
-"""The whole way on a tiny sample through papermill: done, skipped, killed and resumed, failed."""
+"""Everything on a tiny sample through papermill: done, skipped, killed and resumed, failed."""
 import json
 import subprocess
 import sys
@@ -11,14 +11,24 @@ import pytest
 from conftest import QUICK, ROOT
 
 from esci_nb.cli import main
-from esci_nb.folders import open_data
-from esci_nb.run.demo import pipeline
-from esci_nb.run.grid import grid
-from esci_nb.run.stages import preprocess, run_stage, small_backbone
-from esci_nb.contract import PROB_COLUMNS
+from esci_nb.contract import LABEL_RECORDS, PROB_COLUMNS
+from esci_nb.folders import open_data, read_run
 from esci_nb.rank.submission import check_submission
+from esci_nb.recipe import make_run
+from esci_nb.run.demo import run_everything
+from esci_nb.run.stages import preprocess, run_stage, small_backbone, train_job
 
 LONGER = QUICK | {"epochs": 4}
+
+
+def demo_run(made, **changes):
+    "A run of the demo with other coordinates or recipe fields, as a job."
+    return train_job(make_run(data=made.data.name, backbone=made.backbone, **QUICK | changes), made.data.parents[1])
+
+
+def written(folder) -> dict:
+    "The files under a folder and when each was written."
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_run_folders_keep_their_contract(made):
@@ -36,7 +46,7 @@ def test_out_of_fold_rows_were_never_trained_on(made):
     data = open_data(made.data)
     seen = []
     for run in made.runs:
-        fold = json.loads((run / "config.json").read_text())["recipe"]["fold"]
+        fold = read_run(run).fold
         predicted = set(pd.read_parquet(run / "oof.parquet")["query_id"])
         trained = set(data.rows.iloc[data.train(fold)]["query_id"])
         assert predicted and not predicted & trained
@@ -57,29 +67,30 @@ def test_report_is_whole(made):
 
 
 def test_second_call_does_nothing(made, tiny_files):
-    before = {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+    before = written(made.data.parents[1])
     start = time.monotonic()
-    again = pipeline(str(tiny_files), n_folds=2, outputs=made.data.parents[1], **QUICK)
+    again = run_everything(str(tiny_files), n_folds=2, outputs=made.data.parents[1], **QUICK)
     assert again.submission == made.submission and time.monotonic() - start < 20
-    assert before == {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+    assert before == written(made.data.parents[1])
 
 
 def test_killed_run_is_finished_by_the_next_call(made):
-    outputs = made.data.parents[1]
-    code = (f"from pathlib import Path; from esci_nb.runs import grid; grid(Path({str(made.data)!r}), [{made.backbone!r}], "
-            f"folds=[0], seeds=[7], outputs=Path({str(outputs)!r}), **{LONGER!r})")
+    job = demo_run(made, seed=7, **LONGER)
+    code = (f"from pathlib import Path; from esci_nb.recipe import make_run; from esci_nb.run.stages import train_job; "
+            f"train_job(make_run(data={made.data.name!r}, backbone={made.backbone!r}, seed=7, **{LONGER!r}), "
+            f"Path({str(made.data.parents[1])!r})).run()")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
-    while not (found := list(outputs.glob("runs/*-s7-*/config.json"))) and time.monotonic() < deadline:
+    while not (job.folder / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         one.kill()
     process.wait()
-    run = found[0].parent
+    run = job.folder
     assert not (run / "DONE").exists() and (run / "LOCK").exists()
-    assert grid(made.data, [made.backbone], folds=[0], seeds=[7], outputs=outputs, **LONGER) == [run]
+    assert job.run() == run
     assert (run / "DONE").exists() and (run / "oof.parquet").exists() and not list(run.glob(".*part"))
 
 
@@ -93,25 +104,24 @@ def test_failure_keeps_the_notebook_and_is_no_user_error(made, tmp_path):
 
 
 def test_all_rows_run_has_no_out_of_fold(made):
-    outputs = made.data.parents[1]
-    run, = grid(made.data, [made.backbone], folds=[-1], outputs=outputs, **QUICK)
+    run = demo_run(made, fold=-1).run()
     assert (run / "test.parquet").is_file() and not (run / "oof.parquet").exists()
 
 
 def test_commands_print_tables(made, tiny_files, capsys):
     assert main(["check", str(tiny_files)]) == 0 and "judgements" in capsys.readouterr().out
-    assert main(["check-submission", str(made.submission), str(tiny_files)]) == 0
+    assert main(["check", str(tiny_files), "--submission", str(made.submission)]) == 0
     outputs = made.data.parents[1]
-    words = ["demo", "--data", str(tiny_files), "--folds", "2", "--outputs", str(outputs)]
+    words = ["demo", "--data", str(tiny_files), "--n-folds", "2", "--outputs", str(outputs)]
     assert main([*words, "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]) == 0
-    said = capsys.readouterr().out
-    assert "over BM25" in said and "submission.csv" in said and "report.html" in said
+    out = capsys.readouterr().out
+    assert "over BM25" in out and "submission.csv" in out and "report.html" in out
 
 
 def test_competition_files_without_test_labels(tiny_files, tmp_path):
     examples = pd.read_parquet(tiny_files / "shopping_queries_dataset_examples.parquet")
     products = pd.read_parquet(tiny_files / "shopping_queries_dataset_products.parquet")
-    names = {"E": "exact", "S": "substitute", "C": "complement", "I": "irrelevant"}
+    names = {label.code: label.name for label in LABEL_RECORDS}
     lists = examples[examples["small_version"] == 1].rename(columns={"product_locale": "query_locale"})
     lists = lists.assign(esci_label=lists["esci_label"].map(names))
     columns = ["query_id", "query", "query_locale", "product_id"]
@@ -120,10 +130,10 @@ def test_competition_files_without_test_labels(tiny_files, tmp_path):
     lists[lists["split"] == "train"][[*columns, "esci_label"]].to_csv(folder / "train-v0.3.csv.zip", index=False)
     lists[lists["split"] == "test"][columns].to_csv(folder / "test_public-v0.3.csv.zip", index=False)
     products.rename(columns={"product_color": "product_color_name"}).to_csv(folder / "product_catalogue-v0.3.csv.zip", index=False)
-    made = pipeline(str(folder), n_folds=2, outputs=tmp_path / "outputs", **QUICK)
+    made = run_everything(str(folder), n_folds=2, outputs=tmp_path / "outputs", **QUICK)
     assert set(made.scores["part"]) == {"oof"}
-    wanted = examples[(examples["small_version"] == 1) & (examples["split"] == "test")]
-    assert check_submission(made.submission, wanted)["rows"] == len(wanted)
+    candidates = examples[(examples["small_version"] == 1) & (examples["split"] == "test")]
+    assert check_submission(made.submission, candidates)["rows"] == len(candidates)
 
 
 def test_ladder_beside_a_peer(made, tiny_files, tmp_path):

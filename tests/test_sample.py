@@ -1,12 +1,21 @@
 """The generated sample: same rows every time, the published shares, sound keys."""
+import hashlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
-from esci_nb import data
-from esci_nb.data.sample import make_sample, true_label, write_sample
+from esci_nb.contract import EXAMPLE_COLUMNS, EXAMPLES_FILE, PAIR_KEY, PRODUCT_COLUMNS, PRODUCT_KEY, PRODUCTS_FILE, InputError
+from esci_nb.data.latent import true_label
+from esci_nb.data.load import load
+from esci_nb.data.read import Esci
+from esci_nb.data.sample import SAMPLE_VERSION, make_sample, write_sample
+
+DIGESTS = {1: "0b5981a8d79ca3bfdac6efb40de9bcea339e14569f931249d9e0e87f851317db"}  # by SAMPLE_VERSION
 
 SMALL_TRAIN = {"E": .437, "S": .342, "C": .052, "I": .169}
 LARGE_TRAIN = {"E": .663, "S": .212, "C": .028, "I": .097}
@@ -14,17 +23,54 @@ BLANK_US = {"product_brand": .06, "product_bullet_point": .15, "product_color": 
 
 
 @pytest.fixture(scope="module")
-def sample() -> data.Esci:
+def sample() -> Esci:
     return make_sample()
 
 
-def assert_same(first: data.Esci, second: data.Esci) -> None:
+def assert_same(first: Esci, second: Esci) -> None:
     pd.testing.assert_frame_equal(first.examples, second.examples)
     pd.testing.assert_frame_equal(first.products, second.products)
 
 
 def test_same_seed_same_rows(sample):
     assert_same(sample, make_sample())
+
+
+def digest(sample: Esci) -> str:
+    return hashlib.sha256((sample.examples.to_csv(index=False) + sample.products.to_csv(index=False)).encode()).hexdigest()
+
+
+def test_other_rows_are_another_version(sample):
+    assert digest(sample) == DIGESTS[SAMPLE_VERSION], "the rows changed: raise SAMPLE_VERSION and store their digest here"
+
+
+def with_contract(code: str) -> str:
+    "What a fresh process prints that changes the contract before it imports anything else."
+    code = "import sys\nimport esci_nb.contract as contract\n" + code
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_locale_without_words_is_left_out():
+    assert with_contract('''
+contract.LOCALE_RECORDS += (contract.Locale("fr", "French", "fr", ("fra_Latn", "fr_XX", ">>fra<<"), True, "#123456"),)
+contract.LOCALES += ("fr",)
+sys.path.insert(0, "tests")
+from test_sample import digest, make_sample
+print(digest(make_sample()))
+''') == DIGESTS[SAMPLE_VERSION]
+
+
+def test_other_classes_are_refused_in_one_sentence(tmp_path):
+    assert with_contract(f'''
+contract.LABEL_RECORDS, contract.LABELS = contract.LABEL_RECORDS[:3], contract.LABELS[:3]
+from esci_nb.data.sample import make_sample, write_sample
+for call in (make_sample, lambda: write_sample({str(tmp_path / "new")!r}, scale=0.001)):
+    try:
+        call()
+    except contract.InputError as error:
+        print(error)
+''').splitlines() == ["The embedded sample has the classes E, S, C and I; give your own data."] * 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_seed_other_rows():
@@ -35,14 +81,14 @@ def test_other_seed_other_rows():
 @pytest.mark.parametrize("queries_per_chunk", [1, 300, 100_000])
 def test_files_hold_the_same_rows(tmp_path, queries_per_chunk):
     paths = write_sample(tmp_path, scale=.004, seed=7, queries_per_chunk=queries_per_chunk)
-    assert [path.name for path in paths] == [data.EXAMPLES_FILE, data.PRODUCTS_FILE]
+    assert [path.name for path in paths] == [EXAMPLES_FILE, PRODUCTS_FILE]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
-    assert_same(data.load(tmp_path), make_sample(scale=.004, seed=7))
+    assert_same(load(tmp_path), make_sample(scale=.004, seed=7))
 
 
 def test_released_columns(sample):
-    assert tuple(sample.examples.columns) == data.EXAMPLE_COLUMNS
-    assert tuple(sample.products.columns) == data.PRODUCT_COLUMNS
+    assert tuple(sample.examples.columns) == EXAMPLE_COLUMNS
+    assert tuple(sample.products.columns) == PRODUCT_COLUMNS
 
 
 @pytest.mark.parametrize("seed", [42, 0, 5])
@@ -82,11 +128,11 @@ def test_blank_rates_and_long_tails(sample):
 
 def test_keys(sample):
     examples, products = sample.examples, sample.products
-    assert not products.duplicated(list(data.PRODUCT_KEY)).any()
-    assert not examples.duplicated(list(data.PAIR_KEY)).any()
+    assert not products.duplicated(list(PRODUCT_KEY)).any()
+    assert not examples.duplicated(list(PAIR_KEY)).any()
     assert examples["example_id"].is_unique
     assert products["product_id"].str.fullmatch("B0[0-9A-Z]{8}").all()
-    key = list(data.PRODUCT_KEY)
+    key = list(PRODUCT_KEY)
     assert pd.MultiIndex.from_frame(examples[key]).isin(pd.MultiIndex.from_frame(products[key])).all()
     assert pd.MultiIndex.from_frame(products[key]).isin(pd.MultiIndex.from_frame(examples[key])).all()
     shared = products["product_id"].duplicated().mean()
@@ -132,19 +178,19 @@ def test_label_rule():
 @pytest.mark.parametrize("scale", [0, -1, 1.01, float("nan")])
 def test_bad_scale(tmp_path, scale):
     for call in (lambda: make_sample(scale=scale), lambda: write_sample(tmp_path / "new", scale=scale)):
-        with pytest.raises(data.InputError, match="scale must be"):
+        with pytest.raises(InputError, match="scale must be"):
             call()
     assert not (tmp_path / "new").exists()
 
 
 def test_bad_seed():
-    with pytest.raises(data.InputError, match="seed"):
+    with pytest.raises(InputError, match="seed"):
         make_sample(seed=-1)
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("esci_nb.sample.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000_000})())
-    with pytest.raises(data.InputError, match="free"):
+    monkeypatch.setattr("esci_nb.data.sample.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000_000})())
+    with pytest.raises(InputError, match="free"):
         write_sample(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +199,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def breaks(scale, seed):
         raise RuntimeError("power cut")
         yield
-    monkeypatch.setattr("esci_nb.sample._blocks", breaks)
+    monkeypatch.setattr("esci_nb.data.sample._blocks", breaks)
     with pytest.raises(RuntimeError):
         write_sample(tmp_path, scale=.001)
     assert not list(tmp_path.iterdir())

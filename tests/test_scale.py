@@ -12,7 +12,7 @@ from esci_nb.cli import main
 from esci_nb.contract import TEXT_FIELDS
 from esci_nb.data.load import load
 from esci_nb.model.encode import _find_keys, add_markers, product_text, tokenize_texts, words_stand_alone
-from esci_nb.data.entities import SPECIAL_TOKENS
+from esci_nb.data.markers import SPECIAL_TOKENS
 
 PIECES = [*"abcdefghijklmnopqrstuvwxyz0123456789", "電", "気", "ケ", "ト", "ル", "th", "er", "in", "an"]
 

@@ -22,10 +22,11 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
+    from esci_nb.cli import make_parser
     from esci_nb.docs import build_docs
     folder = tmp_path_factory.mktemp("built") / "site"
-    pages, links = build_docs(folder)
-    assert pages > 40 and links > 2000
+    pages, links = build_docs(folder, make_parser())
+    assert pages > 70 and links > 10_000
     return folder
 
 
@@ -71,7 +72,7 @@ def test_every_page_on_a_phone(site, address, page):
 
 
 def test_a_formula_is_drawn(address, page):
-    page.goto(f"{address}/05_metrics.html")
+    page.goto(f"{address}/030_metrics.html")
     page.wait_for_selector("mjx-container svg path, mjx-container svg use", state="attached", timeout=20_000)
     assert page.locator("mjx-container").count() > 5 and page.locator("mjx-merror, [data-mjx-error]").count() == 0 and not page.wrong
 
@@ -82,17 +83,17 @@ def test_search_finds_ndcg(address, page):
     found = page.locator("#search-results ul.search li a").all_inner_texts()
     assert any("ndcg" in text.lower() for text in found) and "Metrics" in found, found[:10]
     page.locator("#search-results ul.search li a", has_text="Metrics").first.click()
-    assert "05_metrics" in page.url and not page.wrong
+    assert "030_metrics" in page.url and not page.wrong
 
 
 def test_source_unfolds_and_symbols_link(address, page):
-    page.goto(f"{address}/05_metrics.html")
+    page.goto(f"{address}/030_metrics.html")
     source = page.locator("details.hide").first
     source.locator("summary").click()
     assert source.locator("pre").is_visible()
     page.goto(f"{address}/reference.html")
     page.locator("a", has_text="paired_bootstrap").first.click()
-    assert page.url.endswith("05_metrics.html#esci_nb.metrics.paired_bootstrap") and not page.wrong
+    assert page.url.endswith("030_metrics.html#esci_nb.metrics.paired_bootstrap") and not page.wrong
 
 
 def test_dark_and_light_differ(address, page):

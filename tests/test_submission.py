@@ -5,11 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esci_nb.contract import InputError
-from esci_nb.contract import GAINS_SWAPPED
-from esci_nb.metrics import gains_of, ndcg
-from esci_nb.metrics import ranking_score
-from esci_nb.rank.submission import check_submission, find_files, rank, read_candidates, write_submission
+from esci_nb.contract import GAINS_SWAPPED, LABELS, PROB_COLUMNS, InputError
+from esci_nb.metrics import gains_of, ndcg, ranking_score
+from esci_nb.rank.submission import check_submission, find_files, rank_pairs, read_candidates, write_submission
 
 PRODUCT_IDS = ["B01", "0012", "NA", "null", 'a,"b"']
 GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
@@ -19,7 +17,7 @@ GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
 def probs() -> pd.DataFrame:
     "Two queries, with product ids that a careless reader would change."
     frame = pd.DataFrame({"query_id": [7, 7, 7, 3, 3], "product_id": PRODUCT_IDS, "product_locale": "us"})
-    frame[["p_E", "p_S", "p_C", "p_I"]] = [[.9, .1, 0, 0], [.5, .3, .1, .1], [.1, .1, .1, .7],
+    frame[list(PROB_COLUMNS)] = [[.9, .1, 0, 0], [.5, .3, .1, .1], [.1, .1, .1, .7],
                                            [.8, .1, .1, 0], [0, 0, 0, 1]]
     return frame
 
@@ -107,9 +105,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, probs, monkeypatch):
 
 
 def test_order_is_deterministic_and_best_by_expected_gain(probs):
-    assert rank(probs.iloc[[1, 0, 2, 4, 3]]).equals(rank(probs))
+    assert rank_pairs(probs.iloc[[1, 0, 2, 4, 3]]).equals(rank_pairs(probs))
     tied = probs.assign(p_E=.25, p_S=.25, p_C=.25, p_I=.25)
-    assert rank(tied).product_id.tolist() == ["0012", "B01", "NA", 'a,"b"', "null"]
+    assert rank_pairs(tied).product_id.tolist() == ["0012", "B01", "NA", 'a,"b"', "null"]
     assert ranking_score(probs)[1] == pytest.approx(.5 + .03 + .001)
     assert ranking_score(probs, GAINS_SWAPPED)[1] == pytest.approx(.5 + .003 + .01)
 
@@ -117,8 +115,8 @@ def test_order_is_deterministic_and_best_by_expected_gain(probs):
 def test_the_file_scores_what_the_probabilities_score(tmp_path):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"query_id": np.repeat(np.arange(200), 20), "product_id": [f"P{n:05d}" for n in range(4_000)]})
-    frame[["p_E", "p_S", "p_C", "p_I"]] = rng.dirichlet(np.ones(4), len(frame))
-    frame["gain"] = gains_of(rng.choice(list("ESCI"), len(frame)))
+    frame[list(PROB_COLUMNS)] = rng.dirichlet(np.ones(4), len(frame))
+    frame["gain"] = gains_of(rng.choice(LABELS, len(frame)))
     direct = ndcg(frame.query_id, frame.gain, ranking_score(frame))
     read = pd.read_csv(write_submission(frame, tmp_path / "s.csv")).merge(frame, on=["query_id", "product_id"])
     through_file = ndcg(read.query_id, read.gain, -np.arange(len(read)))
@@ -144,7 +142,7 @@ def test_a_test_file_as_large_as_the_real_one(tmp_path):
     v03.to_csv(tmp_path / "test_public-v0.3.csv.zip", index=False)
     candidates = read_candidates(tmp_path / "test_public-v0.3.csv.zip")
     assert candidates["query_id"].nunique() == 14_496 and 250_000 < len(candidates) < 400_000
-    probs = candidates.assign(**dict(zip(("p_E", "p_S", "p_C", "p_I"), np.random.default_rng(0).dirichlet(np.ones(4), len(candidates)).T)))
+    probs = candidates.assign(**dict(zip(PROB_COLUMNS, np.random.default_rng(0).dirichlet(np.ones(4), len(candidates)).T)))
     path = write_submission(probs, tmp_path / "submission.csv")
     counts = check_submission(path, candidates, ranking_score(probs))
     assert counts["rows"] == len(candidates) and counts["queries"] == 14_496 and counts["interleaved_queries"] == 0

@@ -98,9 +98,9 @@ def test_columns_clean_as_texts_do(values):
 
 
 def test_bad_tables_are_refused():
-    with pytest.raises(InputError, match="lack the column query"):
+    with pytest.raises(InputError, match=r"lacks the column\(s\) query"):
         clean_queries(pd.DataFrame({"text": ["a"]}))
-    with pytest.raises(InputError, match="lack the column.*product_brand"):
+    with pytest.raises(InputError, match=r"lacks the column\(s\) .*product_brand"):
         clean_products(pd.DataFrame({"product_title": ["a"]}))
     with pytest.raises(InputError, match="2 distinct values that are no text, such as .1, 2."):
         clean_texts(pd.Series([1, 2, "a"], name="query"))

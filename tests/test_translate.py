@@ -13,29 +13,30 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from esci_nb.contract import LOCALES, InputError
+from esci_nb.contract import LABELS, LOCALES, PROB_COLUMNS, InputError, is_original
+from esci_nb.data.clean import clean_products, clean_queries
 from esci_nb.data.folds import make_folds
+from esci_nb.data.lexicon import SAMPLE_LOCALES, lexicon
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks, normalise_query
-from esci_nb.strategy.distill import query_keys, read_soft_labels, teacher_folds, teacher_split
-from esci_nb.data.prepare import in_parts, make_data_recipe, prepare
-from esci_nb.strategy.pseudo import unlabelled_rows
+from esci_nb.data.prepare import DataSettings, prepare_tables, work_in_parts
+from esci_nb.data.translate import TranslationCache, sentences, translate_texts
+from esci_nb.data.translated_rows import add_translations
+from esci_nb.data.translators import Glossary, Seq2Seq, _languages, make_translator
 from esci_nb.files import write_json, write_table
 from esci_nb.folders import DataFolder
 from esci_nb.run.stages import data_path
-from esci_nb.contract import PROB_COLUMNS
-from esci_nb.data.clean import clean_products, clean_queries
-from esci_nb.contract import is_original
-from esci_nb.data.translate import Glossary, Seq2Seq, TranslationCache, add_translations, make_translator, sentences, translate_texts
+from esci_nb.strategy.distill import query_keys, read_soft_labels, teacher_folds, teacher_split
+from esci_nb.strategy.pseudo import unlabelled_rows
 
 SLOW_WORKER = '''
 import sys, time
 from esci_nb.data.translate import TranslationCache, translate_texts
-import esci_nb.translate as module
+import esci_nb.data.translate as module
 module._CLAIM = 4
 
 class Slow:
-    name, by_sentence = "slow", False
+    name, locales, by_sentence = "slow", ("us", "es"), False
     def model_of(self, source, target): return "slow"
     def __call__(self, texts, source, target):
         time.sleep(0.05)
@@ -71,7 +72,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 class Known:
     "A translator from a dict; other texts in capitals."
-    name, by_sentence = "known", False
+    name, locales, by_sentence = "known", LOCALES, False
 
     def __init__(self, known: dict | None = None):
         self.known = known or {}
@@ -92,7 +93,7 @@ def folded(tiny_files):
 @pytest.fixture(scope="module")
 def translated(folded, tmp_path_factory):
     with TranslationCache(tmp_path_factory.mktemp("cache") / "t.sqlite") as cache:
-        return add_translations(*folded, LOCALES, Glossary(), cache, weight=0.25)
+        return add_translations(*folded, SAMPLE_LOCALES, Glossary(), cache, weight=0.25)
 
 
 # The cache
@@ -173,13 +174,12 @@ def test_broken_cache_is_one_sentence(tmp_path):
 
 # The glossary
 
-@pytest.mark.parametrize("source", LOCALES)
-@pytest.mark.parametrize("target", LOCALES)
+@pytest.mark.parametrize("source", SAMPLE_LOCALES)
+@pytest.mark.parametrize("target", SAMPLE_LOCALES)
 def test_glossary_knows_the_sample(source, target, folded):
     if source == target:
         return
     rows, products = folded
-    from esci_nb.data.lexicon import lexicon
     titles = products.loc[products["product_locale"] == source, "product_title"].head(300).tolist()
     new = Glossary()(titles, source, target)
     names = {name.lower() for name in lexicon(target).names.ravel()}
@@ -271,7 +271,7 @@ def test_teachers_never_see_a_translation_of_what_they_label(data):
 
 def test_soft_label_of_a_translation_is_that_of_its_origin(data, tmp_path):
     wanted = data.train(0, translated=False)
-    soft = np.random.default_rng(0).dirichlet(np.ones(4), len(wanted)).astype("float32")
+    soft = np.random.default_rng(0).dirichlet(np.ones(len(LABELS)), len(wanted)).astype("float32")
     table = pd.DataFrame(soft, columns=list(PROB_COLUMNS)).assign(example_id=data.rows["example_id"].to_numpy()[wanted], fold=np.int8(0))
     write_table(table, tmp_path / "soft.parquet")
     write_json({"data": data.name, "folds": [0]}, tmp_path / "config.json")
@@ -291,7 +291,7 @@ def test_preparation_goes_on_where_it_was_killed(tiny_files, tmp_path):
     code = f'''
 import time
 from pathlib import Path
-import esci_nb.prepare as module
+import esci_nb.data.prepare as module
 from esci_nb.data.folds import make_folds
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks
@@ -300,9 +300,9 @@ def slow(products):
     time.sleep(0.3)
     return quick(products)
 module.clean_products, module._PART_ROWS = slow, 100
-module.in_parts.__defaults__ = (2, 100)
+module.work_in_parts.__defaults__ = (2, 100)
 esci = load({str(tiny_files)!r})
-module.prepare(make_folds(merge_tasks(esci.examples)), esci.products, module.make_data_recipe(), Path({str(tmp_path)!r}) / "parts", Path("none"))
+module.prepare_tables(make_folds(merge_tasks(esci.examples)), esci.products, module.DataSettings(), Path({str(tmp_path)!r}) / "parts", Path("none"))
 '''
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: len(list(tmp_path.glob("parts/cleaned-*.parquet"))) >= 3)
@@ -316,25 +316,26 @@ module.prepare(make_folds(merge_tasks(esci.examples)), esci.products, module.mak
     rows = make_folds(merge_tasks(esci.examples))
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("parts/cleaned-*.parquet")}
     assert 3 <= len(kept) < -(-len(esci.products) // 100)
-    whole = in_parts(esci.products, clean_products, tmp_path / "parts", "cleaned", part_rows=100)
+    whole = work_in_parts(esci.products, clean_products, tmp_path / "parts", "cleaned", part_rows=100)
     assert whole.equals(clean_products(esci.products))
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "what was there is not done again"
-    made = prepare(rows, esci.products, make_data_recipe(), tmp_path / "again", tmp_path / "t.sqlite", workers=1)
+    made = prepare_tables(rows, esci.products, DataSettings(), tmp_path / "again", tmp_path / "t.sqlite", workers=1)
     assert made.products[list(whole)].equals(whole)
 
 
-def test_recipe_of_the_data_is_in_its_name(tmp_path):
-    plain = data_path("sample", tmp_path)
-    assert plain == data_path("sample", tmp_path, n_folds=3, translate=[], translator="unused", clean=True)
-    others = [data_path("sample", tmp_path, **settings) for settings in (
+def test_settings_of_the_data_are_in_its_name(tmp_path):
+    plain = data_path("sample", DataSettings(), tmp_path)
+    assert plain == data_path("sample", DataSettings(n_folds=3, translate=[], translator="unused", clean=True), tmp_path)
+    others = [data_path("sample", DataSettings(**values), tmp_path) for values in (
         {"clean": False}, {"markers": True}, {"translate": "us"}, {"translate": ["us", "es"]}, {"translate": "us", "translator": "a/b"},
         {"translate": "us", "translated_weight": 0.5}, {"train_on": "us"})]
     assert len({plain, *others}) == len(others) + 1
 
 
 @pytest.mark.parametrize("words, said", [
-    (["translate=us,fr"], "translate cannot be 'us,fr': choose from us, es, jp"), (["clean=maybe"], "clean cannot be 'maybe'"),
-    (["translation=us"], "no setting 'translation'; there are n_folds"), (["translate=us", "translated_weight=-1"], "translated_weight is -1"),
+    (["translate=us,fr"], "translate cannot be 'fr'; choose from us, es, jp"), (["clean=maybe"], "clean cannot be 'maybe'"),
+    (["translation=us"], "Unknown data setting 'translation'; there are n_folds"),
+    (["translate=us", "translated_weight=-1"], "translated_weight cannot be -1; give a number from 0 to 10"),
     (["translate=us", "translator=a/b-{source}-{to}"], "is no pattern with {source} and {target}"),
     (["translate=es", "translator=/no/such/model"], "translation model folder /no/such/model does not exist")])
 def test_mistakes_on_the_command_line_are_one_sentence(words, said, tiny_files, tmp_path, capsys):
@@ -345,13 +346,41 @@ def test_mistakes_on_the_command_line_are_one_sentence(words, said, tiny_files, 
     assert said in error and "Traceback" not in error and error.count("\n") == 1
 
 
+def test_a_locale_without_words_is_left_out_by_the_glossary(tmp_path):
+    code = f'''
+import esci_nb.contract as contract
+contract.LOCALE_RECORDS += (contract.Locale("fr", "French", "fr", ("fra_Latn", "fr_XX", ">>fra<<"), True, "#123456"),)
+contract.LOCALES += ("fr",)
+from esci_nb.data.folds import make_folds
+from esci_nb.data.merge import merge_tasks
+from esci_nb.data.gazetteer import build_gazetteers
+from esci_nb.data.prepare import DataSettings
+from esci_nb.data.sample import make_sample
+from esci_nb.data.translate import TranslationCache
+from esci_nb.data.translated_rows import add_translations
+from esci_nb.data.translators import Glossary
+esci = make_sample(0.0006)
+with TranslationCache({str(tmp_path / "t.sqlite")!r}) as cache:
+    rows, products = add_translations(make_folds(merge_tasks(esci.examples)), esci.products, contract.LOCALES, Glossary(), cache)
+print(sorted(rows["language"].unique()))
+print(sorted(build_gazetteers(esci.products.assign(product_locale="fr"))))
+try:
+    DataSettings(translate="us,fr")
+except contract.InputError as error:
+    print(error)
+print(DataSettings(translate="us,fr", translator="some/model").translate)
+'''
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert printed == ["['es', 'jp', 'us']", "['fr']", "The translator glossary has no words of fr: give a translation model by name.", "('us', 'fr')"]
+
+
 def test_mistakes_in_calls_are_one_sentence(folded, translated, tmp_path):
     with TranslationCache(tmp_path / "t.sqlite") as cache:
-        for call, said in ((lambda: translate_texts(["a"], "us", "fr", Known(), cache), "'fr' was asked for"),
-                           (lambda: add_translations(*folded, ["fr"], Known(), cache), "'fr', but only us, es, jp"),
+        for call, said in ((lambda: translate_texts(["a"], "us", "fr", Known(), cache), "Unknown locale 'fr'; there are us, es, jp"),
+                           (lambda: add_translations(*folded, ["fr"], Known(), cache), "Unknown locale 'fr'; there are us, es, jp"),
                            (lambda: add_translations(*folded, ["es"], Known(), cache, weight=-1), "weight of translated rows is -1"),
                            (lambda: add_translations(*translated, ["es"], Known(), cache), "hold translations already"),
-                           (lambda: add_translations(folded[0].drop(columns="fold"), folded[1], ["es"], Known(), cache), "no column fold")):
+                           (lambda: add_translations(folded[0].drop(columns="fold"), folded[1], ["es"], Known(), cache), r"lacks the column\(s\) fold")):
             with pytest.raises(InputError, match=said):
                 call()
 
@@ -499,7 +528,7 @@ def test_model_of_other_languages_is_refused(tmp_path):
     tokenizer = NllbTokenizer(vocab={piece: number for number, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "eng_Latn", "deu_Latn"])},
                               merges=[], additional_special_tokens=["eng_Latn", "deu_Latn"])
     with pytest.raises(InputError, match="does not know the language of es: choose one"):
-        Seq2Seq("some/name")._languages(tokenizer, "us", "es")
+        _languages(tokenizer, "some/name", "us", "es")
 
 
 def test_pickled_weights_are_refused(marian, tmp_path):

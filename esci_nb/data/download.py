@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['OFFICIAL_URL', 'FILES', 'RemoteFile', 'download']
 
-# %% ../../nbs/120_data.download.ipynb #cda84322
-import hashlib
+# %% ../../nbs/120_data.download.ipynb #5c4d7115
 import http.client
 import shutil
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..contract import EXAMPLES_FILE, PRODUCTS_FILE, InputError, reason_of
+from ..identity import digest_file
 
-# %% ../../nbs/120_data.download.ipynb #f387d7e2
+# %% ../../nbs/120_data.download.ipynb #f060a08b
 @dataclass(frozen=True)
 class RemoteFile:
     "A file to fetch: its name below the base address, its size in bytes and the SHA-256 of its contents."
@@ -24,79 +25,31 @@ class RemoteFile:
     size: int
     sha256: str
 
+    def part(self, folder: Path) -> Path:
+        "Where the file lies until it is whole."
+        return folder / f"{self.name}.part"
+
+    def is_right(self, path: Path) -> bool:
+        "Whether `path` is a file of the expected size and SHA-256."
+        return path.is_file() and path.stat().st_size == self.size and digest_file(path) == self.sha256
+
 
 OFFICIAL_URL = "https://media.githubusercontent.com/media/amazon-science/esci-data/main/shopping_queries_dataset"
 FILES = (
     RemoteFile(EXAMPLES_FILE, 51_286_808, "4a735b693b4a424a6fc67f5be6e4c811495c488bbf66d02a602d308b2744263a"),
     RemoteFile(PRODUCTS_FILE, 1_108_857_465, "25124442d064d64b26f74082d6fa09438d679efc0c183cf28d19064a2b65a265"),
 )
+
+# %% ../../nbs/120_data.download.ipynb #b8e3d826
 _TIMEOUT_S = 60
 _CHUNK_BYTES = 1 << 20
 
-# %% ../../nbs/120_data.download.ipynb #4ac9fbf4
-def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[RemoteFile] = FILES) -> list[Path]:
-    """The official files in `folder`, fetched where they are not there yet; returns their paths.
-
-    An unfinished file is `<name>.part`, and a later call goes on from its end. A file gets its name only when size and
-    SHA-256 are right. Raises `InputError` when there is no connection, the server refuses, the contents are not the
-    published ones (the part is removed then) or the disk is too small (checked before anything is fetched).
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made ({reason_of(error)}): give another one.") from error
-    wanted = [file for file in files if not _is_right(folder / file.name, file)]
-    needed = sum(max(0, file.size - _size(_part(folder, file))) for file in wanted)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(f"{folder} has {free / 1e6:,.1f} MB free and the download needs {needed / 1e6:,.1f} MB: make "
-                         "room or give a folder on another disk.")
-    for file in wanted:
-        _fetch(f"{base_url.rstrip('/')}/{file.name}", folder, file)
-    return [folder / file.name for file in files]
-
-# %% ../../nbs/120_data.download.ipynb #59be3d5a
-def _part(folder: Path, file: RemoteFile) -> Path:
-    return folder / f"{file.name}.part"
-
 
 def _size(path: Path) -> int:
+    "Bytes of a file, 0 where there is none."
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_right(path: Path, file: RemoteFile) -> bool:
-    "Whether a file is there with the expected size and SHA-256."
-    if _size(path) != file.size or not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
-
-# %% ../../nbs/120_data.download.ipynb #8bb04309
-def _fetch(url: str, folder: Path, file: RemoteFile) -> None:
-    "One file into its part, from where the part ends, then checked and renamed."
-    part = _part(folder, file)
-    if _size(part) > file.size:
-        part.unlink()
-    try:
-        if _size(part) < file.size:
-            _append(url, part, file)
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{url} answered {error.code} ({error.reason}): check the address.") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = reason_of(getattr(error, "reason", None) or error)
-        raise InputError(f"Fetching {url} failed after {_size(part):,} of {file.size:,} bytes ({reason}): check the "
-                         "connection and call again, it goes on from there.") from error
-    if _size(part) < file.size:
-        raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on "
-                         "from there.")
-    if not _is_right(part, file):
-        part.unlink()
-        raise InputError(f"What {url} sent is not the expected file of {file.size:,} bytes with SHA-256 "
-                         f"{file.sha256[:12]}..., so it was removed: call again, or check the address.")
-    part.replace(folder / file.name)
-
-# %% ../../nbs/120_data.download.ipynb #3f516fdc
 def _append(url: str, part: Path, file: RemoteFile) -> None:
     "Stream what is missing to the end of the part; a server that ignores Range makes us start over."
     from tqdm.auto import tqdm
@@ -111,3 +64,48 @@ def _append(url: str, part: Path, file: RemoteFile) -> None:
                 out.write(chunk)
                 have += len(chunk)
                 bar.update(len(chunk))
+
+# %% ../../nbs/120_data.download.ipynb #789e5766
+def _fetch(url: str, folder: Path, file: RemoteFile) -> None:
+    "One file into its part, from where the part ends, then checked and renamed."
+    part = file.part(folder)
+    if _size(part) > file.size:
+        part.unlink()
+    try:
+        if _size(part) < file.size:
+            _append(url, part, file)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{url} answered {error.code} ({error.reason}): check the address.") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = reason_of(getattr(error, "reason", None) or error)
+        raise InputError(f"Fetching {url} failed after {_size(part):,} of {file.size:,} bytes ({reason}): check the connection and call "
+                         "again, it goes on from there.") from error
+    if _size(part) < file.size:
+        raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on from there.")
+    if not file.is_right(part):
+        part.unlink()
+        raise InputError(f"What {url} sent is not the expected file of {file.size:,} bytes with SHA-256 {file.sha256[:12]}..., so it was "
+                         "removed: call again, or check the address.")
+    part.replace(folder / file.name)
+
+# %% ../../nbs/120_data.download.ipynb #6275ba0b
+def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[RemoteFile] = FILES) -> list[Path]:
+    """The official files in `folder`, fetched where they are not there yet; returns their paths.
+
+    An unfinished file is `<name>.part`, and a later call goes on from its end. A file gets its name only when size and SHA-256
+    are right. Raises `InputError` when there is no connection, the server refuses, the contents are not the published ones (the
+    part is removed then) or the disk is too small (checked before anything is fetched)."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be made ({reason_of(error)}): give another one.") from error
+    missing = [file for file in files if not file.is_right(folder / file.name)]
+    needed = sum(max(0, file.size - _size(file.part(folder))) for file in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder} has {free / 1e6:,.1f} MB free and the download needs {needed / 1e6:,.1f} MB: make room or give a "
+                         "folder on another disk.")
+    for file in missing:
+        _fetch(f"{base_url.rstrip('/')}/{file.name}", folder, file)
+    return [folder / file.name for file in files]

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['normalise_query', 'query_text_key', 'merge_tasks', 'join_products']
 
-# %% ../../nbs/160_data.merge.ipynb #2c0a5a0c
+# %% ../../nbs/160_data.merge.ipynb #c13d3aed
 import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from ..contract import EXAMPLE_COLUMNS, PAIR_KEY, PRODUCT_COLUMNS, PRODUCT_KEY, ROW_COLUMNS, TEXT_FIELDS, InputError, count_of, quote_some
-from .read import require_columns
+from ..contract import (EXAMPLE_COLUMNS, PAIR_KEY, PRODUCT_COLUMNS, PRODUCT_KEY, ROW_COLUMNS, TEXT_FIELDS, InputError, count_of,
+                              need_columns, quote_some)
 from .load import check_catalogue
 
-# %% ../../nbs/160_data.merge.ipynb #9a3db49e
+# %% ../../nbs/160_data.merge.ipynb #218b55a2
 def normalise_query(text: pd.Series) -> pd.Series:
     "Query texts in the form in which two queries count as the same: NFKC, case folded, white space collapsed [own]."
     distinct = text.drop_duplicates()
@@ -25,57 +25,57 @@ def normalise_query(text: pd.Series) -> pd.Series:
 
 
 def query_text_key(frame: pd.DataFrame) -> np.ndarray:
-    "One number for each locale and normalised query text."
+    "One number for each locale and normalised query text: int (rows,)."
     text = normalise_query(frame["query"])
     return pd.factorize(frame["product_locale"] + " " + text)[0]
 
-# %% ../../nbs/160_data.merge.ipynb #ed7c1941
-def merge_tasks(examples: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The training rows of all tasks and the lists to rank, one row a pair, with the columns `ROW_COLUMNS`.
+# %% ../../nbs/160_data.merge.ipynb #eed1311d
+def _reasons_to_drop(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    "Reason -> which rows it concerns: bool (rows,); the first reason that applies counts."
+    is_test, is_list = rows["split"] == "test", rows["small_version"] == 1
+    is_ranked_test = is_test & is_list
+    text_key = pd.Series(query_text_key(rows), index=rows.index)
+    reasons = {"test rows outside the ranked lists": is_test & ~is_list,
+               "train rows of a test query": ~is_test & rows["query_id"].isin(rows.loc[is_ranked_test, "query_id"]),
+               "train rows with the text of a test query": ~is_test & text_key.isin(text_key[is_ranked_test])}
+    left = ~pd.concat(reasons, axis=1).any(axis=1)
+    lists_first = rows[left].sort_values("small_version", ascending=False, kind="stable")
+    twice = lists_first.index[lists_first.duplicated(list(PAIR_KEY))]
+    return reasons | {"pairs held twice": pd.Series(rows.index.isin(twice), index=rows.index)}
 
-    `source` is `task1` for rows of the ranked lists (`small_version` 1) and `task2` for rows that only the large
-    version has; `weights` gives each source its weight in the loss (1 unless told). What is left out is counted in
-    `rows.attrs["dropped"]`, a dict reason -> rows. Raises `InputError` for an unknown source or a weight below 0.
-    """
+# %% ../../nbs/160_data.merge.ipynb #64eb4df8
+def merge_tasks(examples: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """The training rows of all tasks and the lists to rank, one row per pair, with the columns `ROW_COLUMNS`.
+
+    `source` is `task1` for rows of the ranked lists (`small_version` 1) and `task2` for rows that only the large version has;
+    `weights` gives each source its weight in the loss (1 unless told). What is left out is counted in `rows.attrs["dropped"]`, a
+    dict reason -> rows. Raises `InputError` for an unknown source or a weight below 0."""
     weights = {"task1": 1.0, "task2": 1.0} | dict(weights or {})
     for source, weight in weights.items():
         if source not in ("task1", "task2"):
             raise InputError(f"weights names {source!r}, but only 'task1' and 'task2' are sources.")
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise InputError(f"weights gives {source!r} {weight!r}: give a number from 0 up.")
-    require_columns(examples.columns, EXAMPLE_COLUMNS, "The table of examples")
+    need_columns(examples, EXAMPLE_COLUMNS, "The table of examples")
     rows = examples.reset_index(drop=True)
-    is_test, is_list = rows["split"] == "test", rows["small_version"] == 1
-    is_ranked_test = is_test & is_list
-    text_key = pd.Series(query_text_key(rows))
-    known_query = rows["query_id"].isin(rows.loc[is_ranked_test, "query_id"])
-    known_text = text_key.isin(text_key[is_ranked_test])
-    reasons = {"test rows outside the ranked lists": is_test & ~is_list,
-               "train rows of a test query": ~is_test & known_query,
-               "train rows with the text of a test query": ~is_test & known_text}
     keep, dropped = pd.Series(True, index=rows.index), {}
-    for reason, mask in reasons.items():
+    for reason, mask in _reasons_to_drop(rows).items():
         dropped[reason] = int((keep & mask).sum())
         keep &= ~mask
-    lists_first = rows[keep].sort_values("small_version", ascending=False, kind="stable")
-    twice = lists_first.index[lists_first.duplicated(list(PAIR_KEY))]
-    dropped["pairs held twice"] = len(twice)
-    keep[twice] = False
-    rows["source"] = pd.Series(np.where(is_list, "task1", "task2"), dtype="str")
+    rows["source"] = pd.Series(np.where(rows["small_version"] == 1, "task1", "task2"), dtype="str")
     rows["weight"] = rows["source"].map(weights).astype("float32")
     rows = rows.loc[keep, list(ROW_COLUMNS)].reset_index(drop=True)
     rows.attrs["dropped"] = dropped
     return rows
 
-# %% ../../nbs/160_data.merge.ipynb #555f3ae0
+# %% ../../nbs/160_data.merge.ipynb #155d2151
 def join_products(rows: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
     """Rows with the text fields of their product, in the same order and number.
 
-    Joins on (product_id, product_locale). Raises `InputError` when a key is missing from or repeated in the catalogue.
-    """
+    Joins on (product_id, product_locale). Raises `InputError` when a key is missing from or repeated in the catalogue."""
     key = list(PRODUCT_KEY)
-    require_columns(rows.columns, key, "The table of rows")
-    require_columns(products.columns, PRODUCT_COLUMNS, "The catalogue")
+    need_columns(rows, key, "The table of rows")
+    need_columns(products, PRODUCT_COLUMNS, "The catalogue")
     repeated = products[products.duplicated(key)]
     if len(repeated):
         raise InputError(f"The catalogue holds {count_of(len(repeated), 'key')} (product_id / product_locale) twice "

@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['ENSEMBLE', 'BM25', 'RANDOM', 'ScoredLists', 'score_rows', 'score_lists', 'compare', 'plot_ladder', 'plot_against',
-           'plot_labels']
+           'plot_scores']
 
-# %% ../../nbs/740_look.report.ipynb #3a4c0e1c
+# %% ../../nbs/740_look.report.ipynb #67401ca0
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..contract import LABELS, TEXT_FIELDS, InputError
-from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap, per_locale, random_ndcg, ranking_score
+from ..contract import LABELS, PROB_COLUMNS, TEXT_FIELDS, InputError
+from ..data.markers import strip_table
 from ..data.merge import join_products
-from ..data.entities import strip_table
+from ..folders import DataFolder, read_predictions
+from .figures import draw_box, legend_beside, scatter_lists
+from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap, per_locale, random_ndcg, ranking_score
 from ..model.encode import product_text
-from ..rank.untrained import bm25
 from ..rank.members import collect
+from ..bm25 import bm25
+from ..style import ACCENT, LABEL_LOOK, QUIET, SECOND, figure, percent
 
-# %% ../../nbs/740_look.report.ipynb #a2649265
+# %% ../../nbs/740_look.report.ipynb #5006d851
 ENSEMBLE, BM25, RANDOM = "ensemble", "BM25", "random"
 
 
@@ -29,21 +32,23 @@ ENSEMBLE, BM25, RANDOM = "ensemble", "BM25", "random"
 class ScoredLists:
     """Labelled ranked lists and what each system makes of them.
 
-    `rows`: one row a candidate, with query_id, product_locale, esci_label and `score` (of the ensemble); `ndcg`: one row a
-    query, one column a system.
+    `rows`: one row per candidate, with query_id, product_locale, esci_label and `score` (of the ensemble); `ndcg`: one row per
+    query, one column per system.
     """
     rows: pd.DataFrame
     ndcg: pd.DataFrame
 
+    @property
+    def locale(self) -> pd.Series:
+        "The locale of each query, indexed like `ndcg`."
+        return self.rows.groupby("query_id")["product_locale"].first().reindex(self.ndcg.index)
+
     def by_locale(self) -> pd.DataFrame:
         "NDCG of the ensemble for each locale and all, beside BM25 and random."
-        locale = self.rows.groupby("query_id")["product_locale"].first()
-        table = per_locale(self.ndcg[ENSEMBLE], locale).set_index("locale")
-        for name in (BM25, RANDOM):
-            table[name] = per_locale(self.ndcg[name], locale).set_index("locale")["ndcg"]
-        return table
+        table = per_locale(self.ndcg[ENSEMBLE], self.locale).set_index("locale")
+        return table.assign(**{name: per_locale(self.ndcg[name], self.locale).set_index("locale")["ndcg"] for name in (BM25, RANDOM)})
 
-# %% ../../nbs/740_look.report.ipynb #6542f213
+# %% ../../nbs/740_look.report.ipynb #49809e66
 def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[str, pd.DataFrame]) -> ScoredLists:
     """Score labelled ranked `rows` by the ensemble (and members) in `probabilities`, by BM25 over all text and at random.
 
@@ -54,9 +59,9 @@ def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[s
     systems = {}
     for name, table in probabilities.items():
         aligned = rows[["example_id"]].merge(table, on="example_id", how="left", validate="one_to_one")
-        if aligned["p_E"].isna().any():
-            raise InputError(f"{name} lacks {int(aligned['p_E'].isna().sum())} of {len(rows)} labelled candidates; "
-                             "its runs belong to other data.")
+        missing = int(aligned[PROB_COLUMNS[0]].isna().sum())
+        if missing:
+            raise InputError(f"{name} lacks {missing} of {len(rows)} labelled candidates; its runs belong to other data.")
         systems[name] = ranking_score(aligned)
     plain = strip_table(join_products(rows, products))
     systems[BM25] = bm25(plain["query"].tolist(), product_text(plain, TEXT_FIELDS).tolist())
@@ -64,26 +69,26 @@ def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[s
     scores[RANDOM] = random_ndcg(query, gain)
     return ScoredLists(rows.assign(score=systems[ENSEMBLE]), pd.DataFrame(scores))
 
-# %% ../../nbs/740_look.report.ipynb #1f37bacc
-def score_lists(dataset, ensemble: Path, members: Sequence[Path]) -> dict[str, ScoredLists]:
-    "The `ScoredLists` of an ensemble and the members that rank every list, for `oof` and `test` as far as there are labels."
-    found = collect(members)
-    ranked = dataset.rows[(dataset.rows["source"] == "task1") & (dataset.rows["esci_label"] != "")]
+# %% ../../nbs/740_look.report.ipynb #723cb01f
+def score_lists(data: DataFolder, ensemble: Path, members: Sequence[Path]) -> dict[str, ScoredLists]:
+    """The `ScoredLists` of an ensemble and its members, for `oof` and `test` as far as there are labels.
+
+    Raises `InputError` when the ensemble predicts no labelled ranked list of `data`."""
+    collected = collect(members)
+    ranked = data.rows[(data.rows["source"] == "task1") & (data.rows["esci_label"] != "")]
     parts = {}
-    for part, tables, rows in (("oof", found.oof, ranked[(ranked["split"] == "train") & (ranked["fold"] >= 0)]),
-                               ("test", found.test, ranked[ranked["split"] == "test"])):
-        path = Path(ensemble) / f"{part}.parquet"
-        if len(rows) and path.is_file():
-            alone = {} if len(tables) < 2 else {name: table for name, table in tables.items()
-                                                if rows["example_id"].isin(table["example_id"]).all()}
-            parts[part] = score_rows(rows, dataset.products, {ENSEMBLE: pd.read_parquet(path)} | alone)
+    for part, tables, rows in (("oof", collected.oof, ranked[(ranked["split"] == "train") & (ranked["fold"] >= 0)]),
+                               ("test", collected.test, ranked[ranked["split"] == "test"])):
+        if len(rows) and (Path(ensemble) / f"{part}.parquet").is_file():
+            whole = {name: table for name, table in tables.items() if rows["example_id"].isin(table["example_id"]).all()}
+            parts[part] = score_rows(rows, data.products, {ENSEMBLE: read_predictions(ensemble, part)} | (whole if len(tables) > 1 else {}))
     if not parts:
-        raise InputError(f"{dataset.path} has no labelled ranked lists that {ensemble} predicts; there is nothing to report.")
+        raise InputError(f"{data.path} has no labelled ranked lists that {ensemble} predicts; there is nothing to report.")
     return parts
 
-# %% ../../nbs/740_look.report.ipynb #79681794
+# %% ../../nbs/740_look.report.ipynb #91bc008a
 def compare(scored: ScoredLists, reference: str = BM25) -> pd.DataFrame:
-    "One row a system: lists, ndcg with 95 % interval, headroom, and the paired difference to `reference` with its interval."
+    "One row per system: lists, ndcg with 95 % interval, headroom, and the paired difference to `reference` with its interval."
     random, table = scored.ndcg[RANDOM].mean(), []
     for name, scores in scored.ndcg.items():
         own = bootstrap_interval(scores)
@@ -95,48 +100,42 @@ def compare(scored: ScoredLists, reference: str = BM25) -> pd.DataFrame:
         table.append(row)
     return pd.DataFrame(table).sort_values("ndcg", ascending=False, ignore_index=True)
 
-# %% ../../nbs/740_look.report.ipynb #4dbe0ae7
-def _axes(width: float, height: float):
-    import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), constrained_layout=True)[1]
-
-
-def plot_ladder(table: pd.DataFrame, title: str):
-    "Scores with intervals, best on top; the dashed line is a random order."
-    table = table.iloc[::-1]
-    ax = _axes(8, 1.2 + 0.35 * len(table))
-    colors = ["#dd8452" if name in (BM25, RANDOM) else "#4c72b0" for name in table["system"]]
-    for place, (_, row) in enumerate(table.iterrows()):
-        ax.errorbar(row["ndcg"], place, xerr=[[row["ndcg"] - row["low"]], [row["high"] - row["ndcg"]]], fmt="o",
-                    color=colors[place], capsize=3)
+# %% ../../nbs/740_look.report.ipynb #70a2c5b5
+def plot_ladder(table: pd.DataFrame, part: str):
+    "Scores of the systems of `compare` with intervals, best on top; the dashed line is a random order. `part`: which lists, for the title."
+    table = table.iloc[::-1].reset_index(drop=True)
+    ax = figure(8, 1.2 + 0.35 * len(table))
+    scores = table.set_index("system")["ndcg"]
+    for place, row in table.iterrows():
+        colour = {RANDOM: QUIET, BM25: SECOND}.get(row["system"], ACCENT)
+        ax.errorbar(row["ndcg"], place, xerr=[[row["ndcg"] - row["low"]], [row["high"] - row["ndcg"]]], fmt="o", color=colour, capsize=3)
         ax.annotate(f"{row['ndcg']:.4f}", (row["high"], place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.axvline(table.loc[table["system"] == RANDOM, "ndcg"].iloc[0], color="grey", ls="--", lw=1)
-    ax.set(title=title, yticks=range(len(table)), yticklabels=table["system"], xlabel="NDCG, 95 % interval over queries")
+    ax.axvline(scores[RANDOM], color=QUIET, ls="--", lw=1)
+    ax.set(title=f"{scores.index[-1]} is best on the {part} lists: {scores.iloc[-1]:.4f}, {scores.iloc[-1] - scores[BM25]:+.4f} over BM25",
+           yticks=range(len(table)), yticklabels=table["system"], xlabel="NDCG, 95 % interval over queries")
     ax.margins(x=0.12, y=0.1)
     return ax
 
-# %% ../../nbs/740_look.report.ipynb #1c7a393d
+# %% ../../nbs/740_look.report.ipynb #69a3c0a7
 def plot_against(scored: ScoredLists, part: str, other: str = BM25):
-    "The ensemble against `other`, one dot a list, coloured by locale."
-    ax = _axes(4.2, 4)
-    locale = scored.rows.groupby("query_id")["product_locale"].first()
-    for (name, some), color, marker in zip(scored.ndcg.groupby(locale), ("#4c72b0", "#dd8452", "#555555"), "o^s"):
-        ax.scatter(some[other], some[ENSEMBLE], s=14, alpha=0.6, color=color, marker=marker, label=name)
-    low = min(scored.ndcg[other].min(), scored.ndcg[ENSEMBLE].min())
-    ax.plot([low, 1], [low, 1], color="grey", lw=1)
+    "The ensemble against `other`, one dot per list, by locale; `part`: which lists, for the title."
+    ax = figure(6, 4)
+    scatter_lists(ax, scored.ndcg[other], scored.ndcg[ENSEMBLE], scored.locale)
     better = (scored.ndcg[ENSEMBLE] > scored.ndcg[other]).mean()
-    ax.set(title=f"Better than {other} on {better:.0%} of the {part} lists?", xlabel=f"NDCG of {other}", ylabel="NDCG of the ensemble")
-    ax.legend()
+    ax.set(title=f"Better than {other} on {percent(better)} of the {part} lists", xlabel=f"NDCG of {other}", ylabel="NDCG of the ensemble")
+    legend_beside(ax)
     return ax
 
-# %% ../../nbs/740_look.report.ipynb #4fe3c83c
-def plot_labels(scored: ScoredLists, part: str):
-    "The distribution of the ensemble's ranking score for each true label."
-    ax = _axes(6, 2.6)
-    groups = [scored.rows.loc[scored.rows["esci_label"] == label, "score"] for label in LABELS]
-    present = [(label, values) for label, values in zip(LABELS, groups) if len(values)]
-    ax.boxplot([values for _, values in present], orientation="horizontal", whis=(5, 95), showfliers=False,
-               tick_labels=[f"{label} ({len(values):,})" for label, values in present])
-    ax.invert_yaxis()
-    ax.set(title=f"Do labels get the scores they should? ({part})", xlabel="expected gain; whiskers 5 to 95 %", ylabel="label (rows)")
+# %% ../../nbs/740_look.report.ipynb #72063486
+def plot_scores(scored: ScoredLists, part: str):
+    "The distribution of the ensemble's ranking score for each true label; `part`: which lists, for the title."
+    scores = dict(iter(scored.rows.groupby("esci_label")["score"]))
+    labels = [label for label in LABELS if label in scores]
+    ax = figure(8, 0.9 + 0.42 * len(labels))
+    for number, label in enumerate(labels):
+        draw_box(ax, scores[label], -number, LABEL_LOOK[label])
+    first, last = (f"{scores[label].median():.2f} ({label})" for label in (labels[0], labels[-1]))
+    ax.set(yticks=[-number for number in range(len(labels))], yticklabels=[f"{label} ({len(scores[label]):,})" for label in labels],
+           xlabel="expected gain; whiskers 5 to 95 %", ylabel="label (rows)",
+           title=f"The median score goes from {first} to {last} on the {part} lists")
     return ax

@@ -5,43 +5,39 @@
 # %% auto #0
 __all__ = ['one_hot_targets', 'soft_cross_entropy']
 
-# %% ../../nbs/260_model.losses.ipynb #f82469fb
+# %% ../../nbs/260_model.losses.ipynb #8fe13d9d
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..contract import LABELS, InputError
+from ..contract import LABELS, InputError, count_of, quote_some
 
-# %% ../../nbs/260_model.losses.ipynb #59dbd826
 if TYPE_CHECKING:
     import torch
 
-
+# %% ../../nbs/260_model.losses.ipynb #6f43834b
 def one_hot_targets(labels: Sequence[str], smoothing: float = 0.0) -> np.ndarray:
-    """The target distribution of each label: float32 (rows, 4), classes in the order of `LABELS`.
+    """The target distribution of each label: float32 (rows, classes), classes in the order of `LABELS`.
 
-    `smoothing` in 0..1 is the share that is spread evenly over all four classes, the given one included (as torch's
-    `label_smoothing` does). Raises `InputError` for a label other than E, S, C, I: the empty one of an unlabelled row,
-    too.
-    """
+    `smoothing` in 0..1 is the share that is spread evenly over all classes, the given one included (as torch's
+    `label_smoothing` does). Raises `InputError` for anything that is no label, such as the empty one of an unlabelled row."""
     code = pd.Index(LABELS).get_indexer(pd.Index(labels, dtype=object))
     if (code < 0).any():
-        some = pd.Series(np.asarray(labels, dtype=object)[code < 0]).unique()[:3].tolist()
-        raise InputError(f"{int((code < 0).sum())} row(s) have the label {', '.join(map(repr, some))}, which is none "
-                         f"of {'/'.join(LABELS)}; train on labelled rows only.")
+        others = np.asarray(labels, dtype=object)[code < 0]
+        raise InputError(f"{count_of(len(others), 'row')} cannot be learned from: the label {quote_some(others)} is none of "
+                         f"{'/'.join(LABELS)}; give labelled rows only.")
     hard = np.eye(len(LABELS))[code]
     return ((1 - smoothing) * hard + smoothing / len(LABELS)).astype(np.float32)
 
-# %% ../../nbs/260_model.losses.ipynb #4a470e5d
+# %% ../../nbs/260_model.losses.ipynb #412e600a
 def soft_cross_entropy(logits: "torch.Tensor", target: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
     """Weighted mean cross-entropy between `target` and the softmax of `logits`, in nats, as a float32 scalar.
 
-    `logits`: (pairs, 4), or (branches, pairs, 4) from multi-sample dropout: then the mean of the branches' losses.
-    `target`: (pairs, 4), rows that sum to 1: hard, smoothed or soft. `weight`: (pairs,), at least 0, divided by its
-    sum; a batch of weight 0 has the loss 0.
-    """
+    `logits`: (rows, classes), or (branches, rows, classes) from multi-sample dropout: then the mean of the branches' losses.
+    `target`: (rows, classes), rows that sum to 1: hard, smoothed or soft. `weight`: (rows,), at least 0, divided by its sum;
+    a batch of weight 0 has the loss 0."""
     each = -(target.float() * logits.float().log_softmax(-1)).sum(-1)
     weight = weight.float()
     return ((each * weight).sum(-1) / weight.sum().clamp(min=1e-12)).mean()
