@@ -138,3 +138,9 @@ def test_batches_hold_every_row_once():
     assert np.array_equal(np.concatenate(plan), order)
     assert max(lengths[rows].sum() for rows in plan) <= 400 and max(map(len, plan)) <= 20
     assert all(lengths[rows].sum() + lengths[after[0]] > 400 or len(rows) == 20 for rows, after in zip(plan, plan[1:]))
+
+
+def test_segments_of_a_model_without_them_are_ignored():
+    model = build("xlm-roberta", "mean", PackedCrossEncoder, max_length=40)
+    row = both(model.backbone, shape=None)[1]
+    assert torch.equal(model(**row), model(**row | {"token_type_ids": torch.ones_like(row["input_ids"])}))

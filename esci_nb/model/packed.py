@@ -200,8 +200,9 @@ class PackedCrossEncoder(CrossEncoder):
 
         `input_ids`, `position_ids`, `token_type_ids`: (1, tokens); `cu_seq_lens`: int32 (segments + 1,), as `pack` makes them."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
-        if token_type_ids is not None and getattr(self.backbone.config, "type_vocab_size", 0):
-            inputs["token_type_ids"] = token_type_ids
+        kinds = getattr(self.backbone.config, "type_vocab_size", 0)
+        if kinds:  # BERT's code would look missing ones up by position
+            inputs["token_type_ids"] = token_type_ids if kinds > 1 and token_type_ids is not None else torch.zeros_like(input_ids)
         wanted = find_layers(self.backbone)[-len(self.layer_scores):-1] if self.pooling == "weighted" else []
         with _outputs(wanted) as below:
             last = self.backbone(**inputs, cu_seq_lens_q=cu_seq_lens, max_length_q=self.max_length).last_hidden_state
