@@ -19,7 +19,7 @@ from pathlib import Path
 
 import esci_nb
 
-from ..contract import LABELS, LOCALES, InputError, count_of
+from ..contract import LABELS, LOCALES, InputError
 from ..files import is_done, read_json, write_json
 from ..folders import data_of, find_runs, read_run
 from ..identity import digest_file
@@ -118,13 +118,8 @@ def _left_out(folder: Path, config: Mapping, method) -> list[str]:
 
 # %% ../../nbs/600_ship.package.ipynb #df1aed87
 def _runs_of(folder: Path, config: Mapping) -> dict[str, Path]:
-    "The folders of the runs of an ensemble by name; they may lie beside it if it was made from another working folder."
-    beside = folder.parent.parent / "runs"
-    runs = {Path(run).name: Path(run) if Path(run).is_dir() else beside / Path(run).name for run in config["runs"]}
-    gone = [str(run) for run in runs.values() if not run.is_dir()]
-    if gone:
-        raise InputError(f"{folder} was made from {count_of(len(gone), 'run')} that cannot be found, such as {gone[0]}; train again what "
-                         "is gone.")
+    "The folders of the runs of an ensemble by name."
+    runs = {run.name: run for run in find_runs(folder, config["runs"])}
     unknown = set(runs) ^ {name for names in config["members"].values() for name in names}
     if unknown:
         raise InputError(f"{folder / 'config.json'} names {min(unknown)} among its runs or among its members, but not both; run the stage "
