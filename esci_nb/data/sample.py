@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAMPLE_VERSION', 'make_sample', 'write_sample']
 
-# %% ../../nbs/140_data.sample.ipynb #edf500ef
+# %% ../../nbs/140_data.sample.ipynb #6ac0e61e
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,13 +175,21 @@ def make_sample(scale: float = 0.006, seed: int = 42) -> Esci:
     examples, products = zip(*_blocks(scale, seed))
     return Esci(pd.concat(examples, ignore_index=True), pd.concat(products, ignore_index=True).fillna(""))
 
-# %% ../../nbs/140_data.sample.ipynb #bc02c6e0
+# %% ../../nbs/140_data.sample.ipynb #391e755c
 _FULL_BYTES = 180_000_000          # 144 MB by measurement at scale 0.05, and a margin
 
 
-def _schema(columns: tuple[str, ...]) -> pa.Schema:
-    "Arrow types of the released files: whole numbers and text."
-    return pa.schema([(name, pa.int64() if _DTYPES.get(name) == "int64" else pa.string()) for name in columns])
+def _schema(columns: tuple[str, ...], stamp: Mapping[bytes, bytes]) -> pa.Schema:
+    "Arrow types of the released files: whole numbers and text; `stamp`: what the file says of itself."
+    return pa.schema([(name, pa.int64() if _DTYPES.get(name) == "int64" else pa.string()) for name in columns], stamp)
+
+
+def _is_stamped(path: Path, stamp: Mapping[bytes, bytes]) -> bool:
+    "Whether a file is there and says this of itself."
+    try:
+        return dict(stamp).items() <= (pq.read_schema(path).metadata or {}).items()
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def _chunks(blocks: Iterator[tuple[pd.DataFrame, pd.DataFrame]], n_queries: int) -> Iterator[list[pd.DataFrame]]:
@@ -196,26 +204,28 @@ def _chunks(blocks: Iterator[tuple[pd.DataFrame, pd.DataFrame]], n_queries: int)
     if waiting:
         yield [pd.concat(frames, ignore_index=True) for frames in zip(*waiting)]
 
-# %% ../../nbs/140_data.sample.ipynb #70656f78
+# %% ../../nbs/140_data.sample.ipynb #f9202b22
 def write_sample(folder: str | Path, scale: float = 1.0, seed: int = 42, queries_per_chunk: int = 2048) -> tuple[Path, Path]:
     """Write the rows of `make_sample(scale, seed)` as the two released parquet files, in bounded memory.
 
     About `queries_per_chunk` queries are held at a time, which does not change the rows. Blank text is null, as in the
-    released files. The files appear by rename, whole or not at all. Returns their paths. Raises `InputError` like
-    `make_sample`, and for a disk that is too full. [own]
+    released files. The files appear by rename, whole or not at all, and stay as they are if they are there already.
+    Returns their paths. Raises `InputError` like `make_sample`, and for a disk that is too full. [own]
     """
     _check(scale, seed)
     folder = Path(folder)
+    paths, stamp = (folder / EXAMPLES_FILE, folder / PRODUCTS_FILE), {b"sample": f"version {SAMPLE_VERSION}, scale {scale}, seed {seed}".encode()}
+    if all(_is_stamped(path, stamp) for path in paths):
+        return paths
     folder.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(folder).free, int(_FULL_BYTES * scale) + 1_000_000
     if free < needed:
         raise InputError(f"{folder} has {free / 1e6:,.0f} MB free but scale {scale} needs about {needed / 1e6:,.0f} "
                          "MB: free some space, or choose a smaller scale or another folder.")
-    paths = folder / EXAMPLES_FILE, folder / PRODUCTS_FILE
     total = sum(int(_cell_sizes(locale, scale).sum()) for locale in SAMPLE_LOCALES)
     with (atomic(paths[0]) as examples_part, atomic(paths[1]) as products_part,
-          pq.ParquetWriter(examples_part, _schema(EXAMPLE_COLUMNS), compression="zstd") as examples_writer,
-          pq.ParquetWriter(products_part, _schema(PRODUCT_COLUMNS), compression="zstd") as products_writer,
+          pq.ParquetWriter(examples_part, _schema(EXAMPLE_COLUMNS, stamp), compression="zstd") as examples_writer,
+          pq.ParquetWriter(products_part, _schema(PRODUCT_COLUMNS, stamp), compression="zstd") as products_writer,
           tqdm(total=total, unit=" queries", desc="sample", delay=3) as bar):
         for examples, products in _chunks(_blocks(scale, seed), queries_per_chunk):
             for writer, frame in ((examples_writer, examples), (products_writer, products)):
