@@ -783,5 +783,5 @@ def main(arguments: list[str] | None = None) -> None:
     run_parts(bench, {name: PARTS[name] for name in given.parts.split(",")})
 
 
-if __name__ == "__main__" and "ipykernel" not in __import__("sys").modules:
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
     main()
