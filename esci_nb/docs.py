@@ -7,7 +7,7 @@ __all__ = ['ROOT', 'MATHJAX_SHA256', 'Symbol', 'symbols_of', 'read_notebook', 's
            'Targets', 'link_names', 'how_to_run', 'opening', 'markdown_of', 'myst_notebook', 'reference_page',
            'nbs_pages', 'tree', 'write_sources', 'mathjax', 'check_links', 'build_docs']
 
-# %% ../nbs/900_docs.ipynb #d3d755b9
+# %% ../nbs/900_docs.ipynb #18593072
 import argparse
 import ast
 import hashlib
@@ -22,10 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
 import esci_nb
+from pydantic_core import PydanticUndefined
 
 from .contract import InputError
 from .measure.results import markdown_table
@@ -83,7 +85,7 @@ def _code_cells(notebook: Mapping) -> Iterator[tuple[dict[str, str], str]]:
     "Directives and code of each code cell."
     return (split_directives("".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code")
 
-# %% ../nbs/900_docs.ipynb #23f746fe
+# %% ../nbs/900_docs.ipynb #c6f681e1
 def page_title(text: str) -> str:
     "The first heading of a page in Markdown."
     if heading := re.search(r"^# +(.+)", text, re.M):
@@ -91,9 +93,11 @@ def page_title(text: str) -> str:
     raise InputError("The page has no title; begin it with '# Title' and a line '> subtitle'.")
 
 
-def _markdown(notebook: Mapping) -> str:
-    "All Markdown cells of a notebook as one text."
-    return "\n\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+def _markdown(source: Mapping | str) -> str:
+    "All Markdown of a page: the cells of a notebook as one text, or the text itself."
+    if isinstance(source, str):
+        return source
+    return "\n\n".join("".join(cell["source"]) for cell in source["cells"] if cell["cell_type"] == "markdown")
 
 
 def module_of(notebook: Mapping) -> str:
@@ -101,22 +105,21 @@ def module_of(notebook: Mapping) -> str:
     names = [f"esci_nb.{directives['default_exp']}" for directives, _ in _code_cells(notebook) if "default_exp" in directives]
     return names[0] if names else ""
 
-# %% ../nbs/900_docs.ipynb #2bb1132e
+# %% ../nbs/900_docs.ipynb #7bd2933e
 @dataclass(frozen=True)
 class Targets:
     "What text can link to."
     symbols: Sequence[Symbol]
     modules: Mapping[str, str]   # module -> page
-    pages: Mapping[str, str]     # title of a chapter or guide -> page
+    titles: Mapping[str, str]    # title of a chapter or guide -> page
 
     @classmethod
-    def of(cls, notebooks: Mapping[str, dict], guides: Mapping[str, str]) -> "Targets":
-        "From notebooks and the Markdown of guides, both by page (a path under nbs without suffix)."
-        modules = {module: page for page, notebook in notebooks.items() if (module := module_of(notebook))}
-        symbols = [symbol for module, page in modules.items() for directives, source in _code_cells(notebooks[page])
-                   if "export" in directives and "hide" not in directives for symbol in symbols_of(source, module)]
-        titles = {page_title(text): page for page, text in guides.items()}
-        return cls(symbols, modules, titles | {page_title(_markdown(notebooks[page])): page for page in modules.values()})
+    def of(cls, sources: Mapping[str, Mapping | str]) -> "Targets":
+        "From the notebooks, and the guides in Markdown, of all pages (paths under nbs without suffix)."
+        modules = {module: page for page, source in sources.items() if not isinstance(source, str) and (module := module_of(source))}
+        symbols = [symbol for module, page in modules.items() for directives, code in _code_cells(sources[page])
+                   if "export" in directives and "hide" not in directives for symbol in symbols_of(code, module)]
+        return cls(symbols, modules, {page_title(_markdown(source)): page for page, source in sources.items() if not page.startswith("pipeline/")})
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -126,13 +129,7 @@ class Targets:
         short = {symbol.target.removeprefix("esci_nb."): symbol.target for symbol in self.symbols}
         return once | short | {symbol.target: symbol.target for symbol in self.symbols}
 
-    @cached_property
-    def titles(self) -> dict[str, str]:
-        "A title in lower case, or the last word of a module's name -> page."
-        words = {module.rpartition(".")[2].replace("_", " "): page for module, page in self.modules.items()}
-        return words | {title.lower(): page for title, page in self.pages.items()}
-
-# %% ../nbs/900_docs.ipynb #4a82d539
+# %% ../nbs/900_docs.ipynb #504afde6
 _FENCE = re.compile(r"^( *)(`{3,}|:{3,}).*?^\1\2 *$", re.M | re.S)
 _NAME = re.compile(r"(?<![`\[\w])`((?:\w+\.)*[A-Za-z]\w*)(\(\))?`(?![`\]])")
 _TITLE = re.compile(r"((?:chapter|guide)s?\s+)\*([^*]+)\*", re.I)
@@ -152,17 +149,17 @@ def _link_name(name: str, call: str, targets: Targets, here: str) -> str:
 def _link_title(title: str, targets: Targets) -> str:
     "A link to a chapter or guide."
     title = " ".join(title.split())
-    if title.lower() not in targets.titles:
-        raise InputError(f"The text refers to *{title}*, but no chapter or guide has this title; there are {', '.join(targets.pages)}.")
-    return f"{{doc}}`{title} </{targets.titles[title.lower()]}>`"
+    if title not in targets.titles:
+        raise InputError(f"The text refers to *{title}*, but no chapter or guide has this title; there are {', '.join(targets.titles)}.")
+    return f"{{doc}}`{title} </{targets.titles[title]}>`"
 
-# %% ../nbs/900_docs.ipynb #1d57de3b
+# %% ../nbs/900_docs.ipynb #3b48f9c9
 def link_names(text: str, targets: Targets, here: str = "") -> str:
     """Markdown with names of the library and titles of chapters as links.
 
     `here`: the module that the text belongs to, whose names win. Raises `InputError` for a chapter that does not exist."""
     def linked(part: str) -> str:
-        part = _CELL.sub(lambda match: _link_title(match[1], targets) if match[1].lower() in targets.titles else match[0], part)
+        part = _CELL.sub(lambda match: _link_title(match[1], targets) if match[1] in targets.titles else match[0], part)
         part = _TITLE.sub(lambda match: match[1] + _link_title(match[2], targets), part)
         return "\n".join(line if line.startswith("#") else
                          _NAME.sub(lambda match: _link_name(match[1], match[2] or "", targets, here) or match[0], line)
@@ -174,7 +171,7 @@ def link_names(text: str, targets: Targets, here: str = "") -> str:
         done = fence.end()
     return "".join([*parts, linked(text[done:])])
 
-# %% ../nbs/900_docs.ipynb #2c33135c
+# %% ../nbs/900_docs.ipynb #3060c044
 def how_to_run(page: str, module: str) -> str:
     "A box: how to run this page."
     name = Path(page).name
@@ -183,9 +180,9 @@ def how_to_run(page: str, module: str) -> str:
         call = "ladder SOURCE --backbones BACKBONE" if name == "ladder" else f"run {name} --set name=value ..."
         ways = [f"`.venv/bin/esci-nb {call}`: papermill runs it and keeps the executed copy beside what it wrote. Its first code cell holds the "
                 "parameters.", *ways]
-    elif module:
-        ways += [f"As a test: `.venv/bin/python -m pytest tests/test_notebooks.py -k {name} --no-cov`",
-                 f"In your code: `import {module}`"]
+    elif "/" not in page:
+        ways.append(f"As a test: `.venv/bin/python -m pytest tests/test_notebooks.py -k {name} --no-cov`")
+    ways += [f"In your code: `import {module}`"] * bool(module)
     return "\n".join([f":::{{admonition}} Run this page: nbs/{page}.ipynb", ":class: tip", "", *(f"- {way}" for way in ways), ":::"])
 
 
@@ -196,17 +193,23 @@ def opening(text: str, declare: str = "", box: str = "") -> str:
     subtitle = " ".join(line.lstrip("> ") for line in subtitle.splitlines())
     return "\n\n".join(part for part in (title, declare, subtitle and f"*{subtitle}*", box, rest) if part) + "\n"
 
-# %% ../nbs/900_docs.ipynb #5e25cf7c
+# %% ../nbs/900_docs.ipynb #97bc7534
 def _cell(kind: str, source: str, **more) -> dict:
     "A notebook cell."
     extra = {"outputs": [], "execution_count": None} if kind == "code" else {}
     return {"cell_type": kind, "metadata": {}, "source": source} | extra | more
 
 
+def _doc(symbol: Symbol, targets: Targets, lines: int | None = None) -> str:
+    "The docstring of a symbol, or its first `lines`, as Markdown with links; words such as <id> are text, not HTML."
+    text = "\n".join(symbol.doc.splitlines()[:lines])
+    return link_names(re.sub(r"(`[^`]*`)|<(?=\w)", lambda match: match[1] or "\\<", text), targets, symbol.module)
+
+
 def _directive(symbol: Symbol, targets: Targets, with_doc: bool) -> str:
     "A Sphinx directive that shows a symbol and makes it a target; constants are a target only."
     options = [f":module: {symbol.module}"] + [":no-typesetting:"] * (symbol.kind == "data")
-    doc = ["", link_names(symbol.doc, targets, symbol.module)] if with_doc and symbol.doc else []
+    doc = ["", _doc(symbol, targets)] if with_doc and symbol.doc else []
     return "\n".join([f"::::{{py:{symbol.kind}}} {symbol.name}{symbol.signature}", *options, *doc, "::::"])
 
 
@@ -256,12 +259,14 @@ def myst_notebook(notebook: Mapping, page: str, targets: Targets) -> dict:
     cells[0]["source"] = opening(cells[0]["source"], declare, "" if page == "index" else how_to_run(page, module))
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]}, "cells": cells}
 
-# %% ../nbs/900_docs.ipynb #1981c483
+# %% ../nbs/900_docs.ipynb #9ed4ef98
 def _plain(value) -> str:
     "A default as a user would write it."
     if isinstance(value, Settings):
         return "as by default"
-    if value in (None, "", ()):
+    if value is PydanticUndefined:
+        return "to be given"
+    if value in (None, "", (), {}):
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else json.dumps(value).strip('"')
 
@@ -270,18 +275,18 @@ def _fields(symbol: Symbol, targets: Targets) -> str:
     "The table of fields of a class of settings; imports its module."
     table = field_table(getattr(importlib.import_module(symbol.module), symbol.name))
     rows = [[f"`{row.field}`", f"{row.meaning} [{row.source}]", _plain(row.default), row.allowed] for row in table.itertuples()]
-    about = link_names(symbol.doc.splitlines()[0], targets, symbol.module)
-    return f"#### Fields of {symbol.name}\n\n{about}\n\n" + markdown_table(["field", "meaning and source", "default", "allowed"], rows)
+    return f"#### Fields of {symbol.name}\n\n{_doc(symbol, targets, 1)}\n\n" + markdown_table(
+        ["field", "meaning and source", "default", "allowed"], rows)
 
 
 def _module_reference(module: str, title: str, targets: Targets) -> str:
     "Names of a module with their first lines, then the fields of its settings."
     symbols = [symbol for symbol in targets.symbols if symbol.module == module and symbol.kind != "data"]
-    rows = [[f"{{py:obj}}`{symbol.name} <{symbol.target}>`", link_names(symbol.doc.split("\n")[0], targets, module)] for symbol in symbols]
+    rows = [[f"{{py:obj}}`{symbol.name} <{symbol.target}>`", _doc(symbol, targets, 1)] for symbol in symbols]
     return "\n\n".join([f"### {title}", f"`from {module} import ...` (chapter {{doc}}`/{targets.modules[module]}`)",
                         markdown_table(["name", "what"], rows), *(_fields(symbol, targets) for symbol in symbols if symbol.base == "Settings")])
 
-# %% ../nbs/900_docs.ipynb #b61b79fa
+# %% ../nbs/900_docs.ipynb #b7a4c6e3
 def _commands(parser: argparse.ArgumentParser) -> str:
     "Every command of a parser with its help."
     commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
@@ -295,7 +300,7 @@ def _commands(parser: argparse.ArgumentParser) -> str:
 
 def reference_page(targets: Targets, sections: Mapping[str, Sequence[str]], parser: argparse.ArgumentParser | None = None) -> str:
     "The library by section and chapter, then the commands of `parser`."
-    modules, titles = ({of: name for name, of in mapping.items()} for mapping in (targets.modules, targets.pages))
+    modules, titles = ({of: name for name, of in mapping.items()} for mapping in (targets.modules, targets.titles))
     parts = ["# Reference", "*Every name, every field, every command. The source is folded under each name in its chapter.*",
              "Run any of it: `make lab`, or `.venv/bin/python` and the imports below. All modules: {ref}`modindex`; all names: {ref}`genindex`."]
     for section, pages in sections.items():
@@ -323,59 +328,49 @@ def _toctrees(sections: Mapping[str, Sequence[str]]) -> str:
     return "\n\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *(f"/{page}" for page in pages), "```"])
                        for caption, pages in sections.items())
 
-# %% ../nbs/900_docs.ipynb #b0a90c3a
-def _line(file: str, about: str) -> str:
-    "A line of the tree."
-    return f"{file:<27}# {shorten(about.rstrip('.'), 100, placeholder=' ...')}"
-
-
-def _subtitle(notebook: Mapping) -> str:
-    "What stands under the title of a notebook."
-    lines = re.search(r"^# .*\n+((?:(?:> )?\S.*\n?)+)", _markdown(notebook))[1]
-    return " ".join(line.removeprefix("> ") for line in lines.splitlines())
+# %% ../nbs/900_docs.ipynb #f274b0b0
+def _line(file: str, notebook: Mapping, number: str = "") -> str:
+    "A line of the tree, with what stands under the title of a notebook."
+    subtitle = re.search(r"^# .*\n+((?:(?:> )?\S.*\n?)+)", _markdown(notebook))[1].replace("> ", "")
+    return f"{file:<27}# {number}{shorten(subtitle, 100, placeholder=' ...').rstrip('.')}"
 
 
 def tree(nbs: Path = ROOT / "nbs") -> str:
     "The modules of the library and the pipeline notebooks, each with the subtitle of its page, as a block of text."
-    lines, last = [_line("esci_nb/", "the library, exported from the chapters nbs/NUMBER_package.module.ipynb: read those")], ""
+    lines, last = [f"{'esci_nb/':<27}# the library, exported from the chapters nbs/NUMBER_package.module.ipynb: read those"], []
     for path in sorted(nbs.glob("[0-9]*.ipynb")):
         notebook = read_notebook(path)
-        *package, name = module_of(notebook).split(".")[1:]
-        folder = "  " + "".join(f"{part}/" for part in package)
-        lines += [folder] * bool(package and folder != last)
-        lines.append(_line(f"  {'  ' * len(package)}{name}.py", f"{path.stem[:3]} {_subtitle(notebook)}"))
-        last = folder
-    lines.append(_line("nbs/pipeline/", "one notebook per stage, run by papermill"))
-    return "\n".join(lines + [_line(f"  {path.name}", _subtitle(read_notebook(path))) for path in sorted(nbs.glob("pipeline/*.ipynb"))])
+        *package, name = module_of(notebook).split(".")[1:] or [""]
+        lines += [f"  {folder}/" for folder in package if package != last]
+        lines += [_line(f"  {'  ' * len(package)}{name}.py", notebook, f"{path.stem[:3]} ")] * bool(name)
+        last = package
+    lines.append(f"{'nbs/pipeline/':<27}# one notebook per stage, run by papermill")
+    return "\n".join(lines + [_line(f"  {path.name}", read_notebook(path)) for path in sorted(nbs.glob("pipeline/*.ipynb"))])
 
-# %% ../nbs/900_docs.ipynb #82dfb2d4
-def _write_page(page: str, nbs: Path, to: Path, notebook: Mapping | None, targets: Targets, end: str) -> None:
-    "Write one page for Sphinx; `notebook`: None for a guide in Markdown; `end`: Markdown below it."
-    path = to / page
-    path.parent.mkdir(parents=True, exist_ok=True)
+# %% ../nbs/900_docs.ipynb #779d69de
+def _write_page(page: str, to: Path, source: Mapping | str, targets: Targets, end: str) -> None:
+    "Write one page for Sphinx from a notebook or a guide in Markdown; `end`: Markdown below it."
     try:
-        if notebook is None:
-            text = link_names((nbs / f"{page}.md").read_text(encoding="utf-8"), targets)
-            path.with_name(f"{path.name}.md").write_text(opening(text), encoding="utf-8")
-        else:
-            made = myst_notebook(notebook, page, targets)
-            made["cells"] += [_cell("markdown", end)] * bool(end)
-            path.with_name(f"{path.name}.ipynb").write_text(json.dumps(made), encoding="utf-8")
+        made = opening(link_names(source, targets)) if isinstance(source, str) else myst_notebook(source, page, targets)
     except InputError as error:
         raise InputError(f"nbs/{page}: {error}") from None
+    (to / page).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(made, str):
+        (to / f"{page}.md").write_text(made + end, encoding="utf-8")
+    else:
+        made["cells"] += [_cell("markdown", end)] * bool(end)
+        (to / f"{page}.ipynb").write_text(json.dumps(made), encoding="utf-8")
 
 
 def write_sources(nbs: Path, to: Path, parser: argparse.ArgumentParser | None = None) -> int:
     "Write everything that Sphinx reads into the folder `to`; returns the number of pages. `parser`: of the commands, for the reference."
     sections = nbs_pages(nbs)
     pages = ["index", *(page for group in sections.values() for page in group)]
-    notebooks = {page: read_notebook(nbs / f"{page}.ipynb") for page in pages if (nbs / f"{page}.ipynb").is_file()}
-    guides = {page: _markdown(notebooks[page]) if page in notebooks else (nbs / f"{page}.md").read_text(encoding="utf-8")
-              for page in pages if page.startswith("guides/")}
-    targets = Targets.of(notebooks, guides)
-    for page in pages:
-        end = _toctrees({**sections, "Reference": ["reference"]}) if page == "index" else ""
-        _write_page(page, nbs, to, notebooks.get(page), targets, end)
+    sources = {page: read_notebook(path) if (path := nbs / f"{page}.ipynb").is_file() else (nbs / f"{page}.md").read_text(encoding="utf-8")
+               for page in pages}
+    targets = Targets.of(sources)
+    for page, source in sources.items():
+        _write_page(page, to, source, targets, _toctrees({**sections, "Reference": ["reference"]}) if page == "index" else "")
     (to / "reference.md").write_text(reference_page(targets, sections, parser), encoding="utf-8")
     for path in nbs.rglob("*"):
         if path.suffix in (".svg", ".toml", ".csv"):
@@ -457,17 +452,13 @@ def _run_sphinx(nbs: Path, work: Path) -> Path:
         shutil.rmtree(html / unneeded, ignore_errors=True)
     return html
 
-# %% ../nbs/900_docs.ipynb #d2e78363
+# %% ../nbs/900_docs.ipynb #4cbcf6b3
 def build_docs(to: Path = Path("outputs/docs"), parser: argparse.ArgumentParser | None = None, root: Path = ROOT) -> tuple[int, int]:
     """Build the site from `root`/nbs into the folder `to`, which is replaced; returns the numbers of pages and links.
 
     `parser`: of the commands. Raises `InputError` where the extra docs is missing or `to` holds something else, RuntimeError for any warning."""
-    try:
-        import furo  # noqa: F401  (the theme and the reader are named in the settings)
-        import myst_nb  # noqa: F401
-        import sphinx  # noqa: F401
-    except ImportError:
-        raise InputError(_NEEDED) from None
+    if not all(find_spec(name) for name in ("sphinx", "myst_nb", "furo")):
+        raise InputError(_NEEDED)
     to, nbs = Path(to), Path(root) / "nbs"
     if to.exists() and any(to.iterdir()) and not (to / "objects.inv").is_file():
         raise InputError(f"The folder {to} holds something that is not a built site; give an empty folder or remove it.")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'DataFolder', 'save_data', 'open_data', 'run_id', 'family_id', 'run_path', 'product_path', 'start_run',
-           'read_run', 'data_of', 'probability_table', 'read_predictions', 'join_folds', 'mean_probabilities',
-           'name_rows']
+           'read_run', 'data_of', 'find_runs', 'probability_table', 'read_predictions', 'join_folds',
+           'mean_probabilities', 'name_rows']
 
-# %% ../nbs/070_folders.ipynb #303869b0
+# %% ../nbs/070_folders.ipynb #35395ab0
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import esci_nb
 import numpy as np
 import pandas as pd
 
-from .contract import LABELS, LOCALES, PROB_COLUMNS, ROW_KEY, InputError, is_original
+from .contract import LABELS, LOCALES, PROB_COLUMNS, ROW_KEY, InputError, count_of, is_original
 from .files import is_done, read_json, write_json, write_table
 from .identity import backbone_id, id_of, identify, place, short_name
 from .recipe import Recipe, Run
@@ -134,12 +134,22 @@ def read_run(path: Path) -> Run:
     config = read_json(Path(path) / "config.json")
     return Run(**{name: config[name] for name in Run.model_fields if name != "recipe"}, recipe=Recipe(**config["recipe"]))
 
-# %% ../nbs/070_folders.ipynb #92713d3a
+# %% ../nbs/070_folders.ipynb #f870b982
 def data_of(run: Path) -> Path:
     "The data folder of a run, found beside the folder of its runs."
     if not (Path(run) / "config.json").is_file():
         raise InputError(f"{run} is no finished run (it has no config.json); train it to its end first.")
     return Path(run).parent.parent / "data" / read_json(Path(run) / "config.json")["data"]
+
+
+def find_runs(folder: Path, runs: Sequence[str]) -> list[Path]:
+    "The runs that `folder` (of an ensemble, say) was made from: where its config.json says, or beside it where `outputs` was moved."
+    beside = Path(folder).parent.parent / "runs"
+    places = [Path(run) if Path(run).is_dir() else beside / Path(run).name for run in runs]
+    gone = [str(run) for run in places if not run.is_dir()]
+    if gone:
+        raise InputError(f"{folder} was made from {count_of(len(gone), 'run')} that cannot be found, such as {gone[0]}; train what is gone again.")
+    return places
 
 # %% ../nbs/070_folders.ipynb #543dca98
 def probability_table(rows: pd.DataFrame, positions: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

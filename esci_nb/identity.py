@@ -30,7 +30,7 @@ def digest_values(*values) -> str:
     "sha256 over plain values (numbers, texts, lists, dicts), 64 hexadecimal digits."
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/060_identity.ipynb #bfe6575f
+# %% ../nbs/060_identity.ipynb #2bf9e29b
 IGNORED = (".md", ".txt.bak", ".bin", ".onnx", ".msgpack", ".h5", ".ot")
 
 
@@ -41,7 +41,7 @@ def backbone_id(name: str) -> str:
     folder = Path(name)
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-                       and path.name != "DONE" and path.suffix not in IGNORED)
+                       and path.name not in ("DONE", "LOCK") and path.suffix not in IGNORED)
         return digest_values([(path.name, digest_file(path)) for path in files])[:16]
     from huggingface_hub import try_to_load_from_cache
     try:

@@ -21,12 +21,12 @@ def tiny_run(folder: Path, titles: Sequence[str], cv: float, locales: Sequence[s
     "A finished run folder around an untrained model."
     from esci_nb.files import write_json
     from esci_nb.hub import quiet
-    from esci_nb.model.cross_encoder import CrossEncoder
+    from esci_nb.model.cross_encoder import CrossEncoder, save_model
     from esci_nb.model.small import matching_encoder, train_tokenizer
     from esci_nb.recipe import make_run
     tokenizer = train_tokenizer(titles, 500)
     with quiet():
-        CrossEncoder(matching_encoder(len(tokenizer), 32, 1, 2, seed=seed)).save(folder / "model", tokenizer)
+        save_model(CrossEncoder(matching_encoder(len(tokenizer), 32, 1, 2, seed=seed)), folder / "model", tokenizer)
     run = make_run(data="sample", seed=seed, text_fields="title", max_length=32, precision="fp32", locales=",".join(locales))
     write_json(run.values() | {"family": f"f{seed}", "covers": list(locales)}, folder / "config.json")
     write_json({"oof_ndcg": cv, "oof_lists": 10}, folder / "metrics.json")

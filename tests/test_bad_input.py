@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from esci_nb.cli import main
-from esci_nb.contract import EXAMPLES_FILE, LABELS, PRODUCTS_FILE
+from esci_nb.contract import EXAMPLES_FILE, LABELS, PRODUCTS_FILE, InputError
 
 
 def edit(name, change):
@@ -92,9 +92,9 @@ DATA_MISTAKES = {
 def refused(words, capsys, outputs, named):
     "Run a command that must refuse: exit code 2, one sentence that names the thing, nothing written."
     assert main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert said.startswith("esci-nb: ") and named.lower() in said.lower() and "Traceback" not in said, said
-    assert len(said) > 40 and said.count("\n") == 0
+    sentence = capsys.readouterr().err.strip().split("\n")[-1]
+    assert sentence.startswith("esci-nb: ") and named.lower() in sentence.lower() and "Traceback" not in sentence, sentence
+    assert len(sentence) > 40 and sentence.count("\n") == 0
     assert not outputs.exists() or not any(outputs.iterdir()), sorted(outputs.rglob("*"))
 
 
@@ -136,8 +136,8 @@ WORDS = {
     "runs that are none": (["run", "ensemble", "--set", 'runs=["/tmp"]', "data=/tmp", "outputs=OUT"], "/tmp"),
     "no runs": (["run", "ensemble"], "runs"),
     "grid with an unknown recipe": (["grid", "sample", "--backbones", "x", "--recipes", "fgmm"], "fgmm"),
-    "sample of no size": (["sample", "OUT/s", "--scale", "0"], "scale"),
-    "submission that is not there": (["check-submission", "/no/such.csv", "sample"], "/no/such.csv"),
+    "sample of no size": (["download", "sample", "OUT/s", "--scale", "0"], "scale"),
+    "submission that is not there": (["check", "sample", "--submission", "/no/such.csv"], "/no/such.csv"),
 }
 
 
@@ -152,26 +152,22 @@ def test_words(mistake, tmp_path, capsys):
 
 def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
     import torch
-    from esci_nb import training
-    from esci_nb.contract import InputError
-    model = torch.nn.Linear(1000, 1000)
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    from esci_nb.train import room
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(InputError, match="disk"):
-        training.check_room(model, tmp_path, torch.device("cpu"))
+        room.check_room(1_001_000, tmp_path, torch.device("cpu"))
 
 
 def test_too_little_memory_is_said_before_training(tmp_path, monkeypatch):
     import torch
     from types import SimpleNamespace
-    from esci_nb import training
-    from esci_nb.contract import InputError
-    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    from esci_nb.train import room
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError, match="memory"):
-        training.check_room(torch.nn.Linear(1000, 1000), tmp_path, torch.device("cpu"))
+        room.check_room(1_001_000, tmp_path, torch.device("cpu"))
 
 
 def test_peer_files_of_one_name(tmp_path):
-    from esci_nb.contract import InputError
     from esci_nb.measure.ladder import peer_files
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -182,7 +178,6 @@ def test_peer_files_of_one_name(tmp_path):
 
 
 def test_a_peer_may_not_take_the_name_of_a_row_of_ours():
-    from esci_nb.contract import InputError
     from esci_nb.measure.ladder import measure_ladder
     for name in ("www", "BM25"):
         with pytest.raises(InputError, match=f"called '{name}'"):

@@ -5,17 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esci_nb import distill
-from esci_nb.contract import InputError
+from esci_nb.contract import LABELS, PROB_COLUMNS, InputError
 from esci_nb.data.folds import make_folds
 from esci_nb.data.merge import merge_tasks
+from esci_nb.data.sample import make_sample
+from esci_nb.files import write_json, write_table
+from esci_nb.folders import DataFolder, probability_table
+from esci_nb.recipe import make_run
+from esci_nb.strategy import distill
 from esci_nb.strategy.distill import (N_TEACHERS, Teacher, check_unseen, distilled_targets, query_keys, read_soft_labels, read_teachers,
                                       soft_labels, teacher_folds, teacher_split)
 from esci_nb.strategy.pseudo import pseudo_predictions, pseudo_targets, read_pseudo_labels, select_pseudo, unlabelled_rows
-from esci_nb.files import write_json, write_table
-from esci_nb.folders import DataFolder, probability_table
-from esci_nb.data.sample import make_sample
-from esci_nb.contract import PROB_COLUMNS
 
 STUDENTS = (-1, 0, 1, 2)
 
@@ -64,25 +64,25 @@ def cut_once():
 
 @pytest.fixture(scope="module")
 def probs(data) -> np.ndarray:
-    return np.random.default_rng(0).dirichlet(np.full(4, 0.4), len(data.rows)).astype("float32")
+    return np.random.default_rng(0).dirichlet(np.full(len(LABELS), 0.4), len(data.rows)).astype("float32")
 
 
-def make_run(folder: Path, data: DataFolder, probs: np.ndarray, fold: int, teacher: int = -1, **recipe) -> Path:
+def finished_run(folder: Path, data: DataFolder, probs: np.ndarray, fold: int, teacher: int = -1, **fields) -> Path:
     "What a finished run leaves, without training anything."
     run = folder / f"run-f{fold}-t{teacher}"
     train, inner = (data.train(fold), None) if teacher < 0 else teacher_split(data, fold, teacher)
     for part, positions in (("oof", data.held_out(fold)), ("test", data.test), ("inner", inner)):
         if positions is not None and len(positions):
             write_table(probability_table(data.rows, positions, probs[positions]), run / f"{part}.parquet")
-    values = {"name": "baseline", "backbone": "b", "seed": 1, "lr": 0.1, "fold": fold, "teacher": teacher} | recipe
-    write_json({"recipe": values, "data": data.name, "n_folds": 3}, run / "config.json")
+    values = {"backbone": "b", "seed": 1, "lr": 0.1} | fields
+    write_json(make_run(data=data.name, fold=fold, teacher=teacher, **values).values() | {"n_folds": 3}, run / "config.json")
     write_json({"train_rows": len(train)}, run / "metrics.json")
     (run / "DONE").touch()
     return run
 
 
-def bag(folder: Path, data: DataFolder, probs: np.ndarray, fold: int, **recipe) -> list[Path]:
-    return [make_run(folder, data, probs, fold, teacher, **recipe) for teacher in range(N_TEACHERS)]
+def bag(folder: Path, data: DataFolder, probs: np.ndarray, fold: int, **fields) -> list[Path]:
+    return [finished_run(folder, data, probs, fold, teacher, **fields) for teacher in range(N_TEACHERS)]
 
 
 # Who may teach whom
@@ -162,7 +162,7 @@ def test_soft_labels_of_a_bag(tmp_path, data, probs, student):
 
 
 def test_the_first_round_teaches_the_final_student_only(tmp_path, data, probs):
-    runs = [make_run(tmp_path, data, probs, fold) for fold in range(3)]
+    runs = [finished_run(tmp_path, data, probs, fold) for fold in range(3)]
     bags = read_teachers(runs, data)
     assert list(bags) == [-1]
     if data.rows["split"].eq("test").any():
@@ -179,12 +179,12 @@ def test_bags_that_are_refused(tmp_path, data, probs):
     assert "No runs" in refused(read_teachers, [], data)
     assert "needs [0, 1, 2]" in refused(read_teachers, runs[:2], data)
     assert "[0, 0, 1, 2]" in refused(read_teachers, [*runs, runs[0]], data)
-    assert "give one kind" in refused(read_teachers, [*runs, make_run(tmp_path / "b", data, probs, 0)], data)
-    other = make_run(tmp_path / "c", data, probs, 0, 2, lr=0.2)
+    assert "give one kind" in refused(read_teachers, [*runs, finished_run(tmp_path / "b", data, probs, 0)], data)
+    other = finished_run(tmp_path / "c", data, probs, 0, 2, lr=0.2)
     assert "differ in lr (0.2 and 0.1)" in refused(read_teachers, [*runs[:2], other], data)
-    student = bag(tmp_path / "d", data, probs, 0, soft_labels="outputs/soft_labels/x")
+    student = bag(tmp_path / "d", data, probs, 0, soft_labels="soft-x")
     assert "itself trained with soft labels" in refused(read_teachers, student, data)
-    student = bag(tmp_path / "e", data, probs, 0, pseudo_labels="outputs/pseudo_labels/x")
+    student = bag(tmp_path / "e", data, probs, 0, pseudo_labels="pseudo-x")
     assert "itself trained with pseudo labels" in refused(read_teachers, student, data)
     elsewhere = DataFolder(Path("other"), data.rows, data.products, data.info)
     assert "not on other" in refused(read_teachers, runs, elsewhere)
@@ -271,7 +271,7 @@ def test_a_student_reads_the_labels_of_its_own_fold(tmp_path, data, probs):
 
 def test_pseudo_labels_come_from_models_that_never_saw_the_list(tmp_path, data, probs):
     others = 0.5 * probs + 0.125
-    first = [make_run(tmp_path / "first", data, probs, fold) for fold in range(3)]
+    first = [finished_run(tmp_path / "first", data, probs, fold) for fold in range(3)]
     runs = first + bag(tmp_path / "bag", data, others, 0)
     tables = pseudo_predictions(runs, data)
     has_test = len(data.test) > 0
@@ -287,12 +287,12 @@ def test_pseudo_labels_come_from_models_that_never_saw_the_list(tmp_path, data, 
 
 
 def test_pseudo_predictions_that_are_refused(tmp_path, data, probs):
-    run = make_run(tmp_path, data, probs, 0)
+    run = finished_run(tmp_path, data, probs, 0)
     assert "given twice" in refused(pseudo_predictions, [run, run], data)
-    second = make_run(tmp_path / "p", data, probs, 0, pseudo_labels="x")
+    second = finished_run(tmp_path / "p", data, probs, 0, pseudo_labels="x")
     assert "would repeat them" in refused(pseudo_predictions, [second], data)
     if not len(data.test):
-        assert "no test rows" in refused(pseudo_predictions, [make_run(tmp_path / "all", data, probs, -1)], data)
+        assert "no test rows" in refused(pseudo_predictions, [finished_run(tmp_path / "all", data, probs, -1)], data)
     part = "test" if len(data.test) else "oof"
     table = pd.read_parquet(run / f"{part}.parquet")
     write_table(table.iloc[1:], run / f"{part}.parquet")
@@ -300,7 +300,7 @@ def test_pseudo_predictions_that_are_refused(tmp_path, data, probs):
 
 
 def test_reading_pseudo_labels(tmp_path, data, probs):
-    tables = pseudo_predictions([make_run(tmp_path, data, probs, fold) for fold in (0, 1)], data)
+    tables = pseudo_predictions([finished_run(tmp_path, data, probs, fold) for fold in (0, 1)], data)
     chosen = {fold: table.iloc[select_pseudo(table)] for fold, table in tables.items()}
     folder = written(tmp_path / "pseudo", "pseudo", data, chosen)
     for fold in chosen:

@@ -11,19 +11,21 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from esci_nb.strategy.adversarial import AWP, FGM
-from esci_nb.model.backbones import BACKBONES, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
 from esci_nb.contract import LABELS, LOCALE_RECORDS, InputError
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks
+from esci_nb.hub import load_tokenizer, quiet
+from esci_nb.model.backbones import BACKBONES, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
+from esci_nb.model.cross_encoder import CrossEncoder, layer_weights, load_model, pool, save_model
 from esci_nb.model.encode import EncodedPairs, PairFrame
-from esci_nb.recipe import POOLINGS, WINNER_QUARTERS, make_run
+from esci_nb.model.engines import CpuEngine
 from esci_nb.model.layer_rates import find_layers, parameter_groups, rate_table
 from esci_nb.model.losses import soft_cross_entropy
-from esci_nb.hub import load_tokenizer, quiet
-from esci_nb.model.cross_encoder import CrossEncoder, pool
-from esci_nb.model.engines import quicken
-from esci_nb.train.fit import count_parts, predict
+from esci_nb.recipe import POOLINGS, WINNER_QUARTERS, make_recipe
+from esci_nb.strategy.adversarial import AWP, FGM
+from esci_nb.strategy.base import Forward
+from esci_nb.strategy.multi_sample import MultiSampleDropout
+from esci_nb.train.fit import predict
 
 FIELDS = ("product_title", "product_brand")
 MAX_LENGTH = 24
@@ -115,18 +117,26 @@ def case(request, data, tmp_path_factory):
     return name, family, folder, pairs
 
 
+def branches_loss(model: CrossEncoder, batch: dict, target: torch.Tensor, branches: int = 3) -> torch.Tensor:
+    "The loss over several dropout masks of the pooled vectors."
+    forward = Forward(model, lambda: model.vectors(**batch), target, torch.ones(len(target)))
+    return MultiSampleDropout(branches).loss(forward.loss, forward)
+
+
 def train_step(model: CrossEncoder, batch: dict, target: torch.Tensor) -> float:
     "One optimizer step with all that the model and the optimizer have to offer; the loss before it."
     groups = parameter_groups(model, lr=1e-2, head_lr=2e-2, weight_decay=0.01, quarters=WINNER_QUARTERS)
     optimizer = torch.optim.AdamW(groups)
     logits = model.train()(**batch)
-    assert logits.shape == (3, len(target), len(LABELS))
-    loss = soft_cross_entropy(logits, target, torch.ones(len(target)))
+    assert logits.shape == (len(target), len(LABELS))
+    assert soft_cross_entropy(logits, target, torch.ones(len(target))).isfinite()
+    assert model.classify(model.vectors(**batch).expand(3, -1, -1)).shape == (3, len(target), len(LABELS))
+    loss = branches_loss(model, batch, target)
     loss.backward()
     for adversary in (FGM(model), AWP(model, below=100)):
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        with adversary.attack(lambda: soft_cross_entropy(model(**batch), target, torch.ones(len(target))).backward()):
-            soft_cross_entropy(model(**batch), target, torch.ones(len(target))).backward()
+        with adversary.attack(lambda: branches_loss(model, batch, target).backward()):
+            branches_loss(model, batch, target).backward()
         assert adversary.attacks == 1
         assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before))
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -151,7 +161,7 @@ def test_whole_path(case, data, tmp_path):
     target = torch.eye(len(LABELS))[[LABELS.index(label) for label in data[0]["esci_label"]]] * 0.9 + 0.025
     torch.manual_seed(1)
     backbone = load_backbone(str(folder), dropout=0.1)
-    model = CrossEncoder(backbone, "weighted", dropout=0.1, pool_layers=4, branches=3)
+    model = CrossEncoder(backbone, "weighted", dropout=0.1, pool_layers=4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = [train_step(model, batch_of(pairs), target) for _ in range(5)]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -161,9 +171,9 @@ def test_whole_path(case, data, tmp_path):
     probability = predict(model, pairs, positions, "fp32", batch_rows=5)
     assert probability.shape == (len(pairs), len(LABELS)) and np.allclose(probability.sum(1), 1, atol=1e-5)
     with quiet():
-        model.save(tmp_path, load_tokenizer(str(folder)))
-    again = CrossEncoder.load(tmp_path)
-    assert again.layer_weights() == model.layer_weights() and list(again.layer_weights()) == [2, 3, 4, 5]
+        save_model(model, tmp_path, load_tokenizer(str(folder)))
+    again = load_model(tmp_path)
+    assert layer_weights(again) == layer_weights(model) and list(layer_weights(again)) == [2, 3, 4, 5]
     np.testing.assert_array_equal(predict(again, pairs, positions, "fp32", batch_rows=5), probability)
     assert np.abs(predict(again, pairs, positions, "bf16") - probability).max() < 0.05
 
@@ -193,10 +203,16 @@ def two_threads():
 def step_in_parts(folder, batch, parts: int, dropout: float) -> dict[str, torch.Tensor]:
     "The gradients of a step with everything on, the batch in so many parts."
     torch.manual_seed(5)
-    model = CrossEncoder(quicken(load_backbone(str(folder), dropout), training=True), "weighted", dropout, 3, branches=2).train()
-    model.parts = parts
-    with FGM(model).attack(lambda: model(**batch).square().mean().backward()):
-        model(**batch).square().mean().backward()
+    engine, model = CpuEngine(torch.device("cpu")), CrossEncoder(load_backbone(str(folder), dropout), "weighted", dropout, 3)
+    engine.prepare(model, "fp32", training=True)
+    engine.parts = parts
+
+    def loss() -> torch.Tensor:
+        vectors = engine.vectors(model, batch)
+        return model.classify(vectors.expand(2, *vectors.shape)).square().mean()
+
+    with FGM(model).attack(lambda: loss().backward()):
+        loss().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -206,8 +222,10 @@ def test_parts_side_by_side_train_as_one_batch(case, two_threads):
     whole = step_in_parts(folder, batch, 1, 0.0)
     for parts in (2, 3):
         torch.testing.assert_close(step_in_parts(folder, batch, parts, 0.0), whole, atol=1e-5, rtol=1e-3)
-    parts = count_parts(make_recipe("baseline"), quicken(load_backbone(str(folder)), training=True))
-    assert parts == (1 if name in ("rembert", "deberta-v2") else 2)
+    engine, recipe = CpuEngine(torch.device("cpu")), make_recipe("baseline")
+    engine.prepare(CrossEncoder(load_backbone(str(folder))), "fp32", training=True, batch_tokens=recipe.batch_rows * recipe.max_length)
+    parts = engine.parts
+    assert parts == engine.copies() == (1 if name in ("rembert", "deberta-v2") else 2)
     first = step_in_parts(folder, batch, parts, 0.3)
     for _ in range(5):  # dropout follows the seed, not the thread that is first
         assert all(torch.equal(gradient, first[key]) for key, gradient in step_in_parts(folder, batch, parts, 0.3).items())
@@ -266,12 +284,11 @@ def test_weighted_pooling_is_the_plain_loop(case):
 
 def test_branches_without_dropout_are_one_pass(case):
     name, family, folder, pairs = case
-    one = CrossEncoder(load_backbone(str(folder), dropout=0.0), "weighted", dropout=0.0)
-    many = CrossEncoder(load_backbone(str(folder), dropout=0.0), "weighted", dropout=0.0, branches=3)
+    one, many = (CrossEncoder(load_backbone(str(folder), dropout=0.0), "weighted", dropout=0.0) for _ in range(2))
     many.load_state_dict(one.state_dict())
     batch, label = batch_of(pairs), torch.arange(len(pairs)) % len(LABELS)
     torch.nn.functional.cross_entropy(one.train()(**batch), label).backward()
-    torch.nn.functional.cross_entropy(many.train()(**batch).flatten(0, 1), label.repeat(3)).backward()
+    branches_loss(many.train(), batch, torch.nn.functional.one_hot(label, len(LABELS)).float()).backward()
     for (key, a), b in zip(one.named_parameters(), many.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4, msg=key)
     with torch.no_grad():
@@ -384,4 +401,6 @@ def test_one_layer_is_pooled_by_name_only():
     with pytest.raises(InputError):
         pool(torch.zeros(1, 2, 3), torch.ones(1, 2), "weighted")
     with pytest.raises(InputError):
-        CrossEncoder(AutoModel.from_config(AutoConfig.for_model("bert", **SIZES | {"vocab_size": 10})), branches=0)
+        CrossEncoder(AutoModel.from_config(AutoConfig.for_model("bert", **SIZES | {"vocab_size": 10})), pool_layers=0)
+    with pytest.raises(InputError):
+        make_recipe(dropout_branches=0)

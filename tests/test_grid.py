@@ -15,18 +15,19 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT
 
-from esci_nb import grid as grids
-from esci_nb import runs
 from esci_nb.cli import main
 from esci_nb.contract import LOCALES, InputError
-from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
+from esci_nb.files import folder_lock, is_locked, write_json
+from esci_nb.folders import open_data, read_run, save_data
+from esci_nb.identity import backbone_id
+from esci_nb.recipe import make_run
+from esci_nb.run import workers
 from esci_nb.run.costs import plan_costs, read_costs, wall_hours
 from esci_nb.run.plan import Grid, change_grid, plan_runs, read_grid
-from esci_nb.run.workers import run_jobs, worker_slots
-from esci_nb.strategy.pseudo import pseudo_predictions
-from esci_nb.files import folder_lock, is_locked
-from esci_nb.folders import open_data
 from esci_nb.run.stages import Job
+from esci_nb.run.workers import run_jobs, worker_slots
+from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
+from esci_nb.strategy.pseudo import pseudo_predictions
 
 WWW = ROOT / "nbs" / "grids" / "www.toml"
 QUICK_WORDS = [f"{name}={value}" for name, value in QUICK.items()]
@@ -50,7 +51,7 @@ def data(tmp_path) -> Path:
                          "product_locale": ["us", "us", "us", "us", "jp", "jp"] * 4, "split": ["train"] * 18 + ["test"] * 6})
     rows["fold"] = np.where(rows["split"] == "train", rows.index // 6, -1)
     folder = tmp_path / "outputs" / "data" / "tiny"
-    runs.save_data(folder, rows, rows[["product_locale"]], {"n_folds": 3, "source": "tiny"})
+    save_data(folder, rows, rows[["product_locale"]], {"n_folds": 3, "source": "tiny"})
     (folder / "DONE").touch()
     return folder
 
@@ -65,28 +66,28 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
     planned = capsys.readouterr().out
     assert "6 jobs, 0 of them done; 1 runs are wanted, 3 more teach them" in planned and "hours of work" in planned
     assert main([*words, "--workers", "2"]) == 0
-    said = capsys.readouterr()
-    assert "no ensemble www: no run reads es, jp" in said.err
-    student = Path(said.out.strip().split("\n")[-1])
+    answer = capsys.readouterr()
+    assert "no ensemble www: no run reads es, jp" in answer.err
+    student = Path(answer.out.strip().split("\n")[-1])
     data = open_data(made.data, ["us"])
-    config = json.loads((student / "config.json").read_text())
-    recipe = config["recipe"]
-    assert recipe["name"] == "www" and config["locales"] == recipe["locales"] == ["us"]
+    run = read_run(student)
+    assert run.name == "www" and run.recipe.locales == ("us",) and json.loads((student / "config.json").read_text())["covers"] == ["us"]
     oof, test = (pd.read_parquet(student / f"{part}.parquet") for part in ("oof", "test"))
     assert set(oof["product_locale"]) == set(test["product_locale"]) == {"us"}
     assert sorted(oof["example_id"]) == sorted(data.rows["example_id"].iloc[data.held_out(0)])
     assert sorted(test["example_id"]) == sorted(data.rows["example_id"].iloc[data.test])
     teachers = sorted(outputs.glob("runs/www_first-*-f0t*"))
-    assert len(teachers) == 3 and all((run / "DONE").exists() and locales_of([run]) == ("us",) for run in teachers)
+    assert len(teachers) == 3 and all((teacher / "DONE").exists() and locales_of([teacher]) == ("us",) for teacher in teachers)
     own, labelled = set(oof["query_id"]), []
-    for run in teachers:
-        inner = pd.read_parquet(run / "inner.parquet")
-        assert not own & set(inner["query_id"]) and set(pd.read_parquet(run / "oof.parquet")["query_id"]) == own
+    for teacher in teachers:
+        inner = pd.read_parquet(teacher / "inner.parquet")
+        assert not own & set(inner["query_id"]) and set(pd.read_parquet(teacher / "oof.parquet")["query_id"]) == own
         labelled += inner["example_id"].tolist()
     assert sorted(labelled) == sorted(data.rows["example_id"].iloc[data.train(0)])
-    soft = pd.read_parquet(f"{recipe['soft_labels']}/soft.parquet")
+    soft_labels = outputs / "soft_labels" / run.soft_labels
+    soft = pd.read_parquet(soft_labels / "soft.parquet")
     assert sorted(soft["example_id"]) == sorted(labelled) and set(soft["fold"]) == {0}
-    pseudo = pd.read_parquet(f"{recipe['pseudo_labels']}/pseudo.parquet")
+    pseudo = pd.read_parquet(outputs / "pseudo_labels" / run.pseudo_labels / "pseudo.parquet")
     assert set(pseudo["example_id"]) <= set(test["example_id"])
     metrics = json.loads((student / "metrics.json").read_text())
     assert metrics["train_rows"] == len(data.train(0)) and metrics["pseudo_rows"] == (pseudo["fold"] == 0).sum()
@@ -96,7 +97,7 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
     assert main(words) == 0 and capsys.readouterr().out.strip() == str(student)
     # labels of us rows are for us students
     with pytest.raises(InputError, match="soft labels for us and not for all locales"):
-        read_soft_labels(recipe["soft_labels"], open_data(made.data), 0)
+        read_soft_labels(soft_labels, open_data(made.data), 0)
     for read in (read_teachers, pseudo_predictions):
         with pytest.raises(InputError, match="trained on us and not on all locales"):
             read(teachers, open_data(made.data))
@@ -144,7 +145,7 @@ def test_ctrl_c_stops_all_workers(made, tiny_files):
 # Locks
 
 def test_lock_of_a_killed_owner_is_taken_over(tmp_path):
-    code = ("import sys, time; from esci_nb.runs import folder_lock\n"
+    code = ("import sys, time; from esci_nb.files import folder_lock\n"
             f"with folder_lock({str(tmp_path / 'run')!r}): print('mine', flush=True); time.sleep(60)")
     owner = python(code, stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "mine\n" and is_locked(tmp_path / "run")
@@ -158,7 +159,7 @@ def test_lock_of_a_killed_owner_is_taken_over(tmp_path):
 
 
 def test_many_owners_one_at_a_time(tmp_path):
-    code = ("import os, time; from pathlib import Path; from esci_nb.runs import folder_lock\n"
+    code = ("import os, time; from pathlib import Path; from esci_nb.files import folder_lock\n"
             f"folder, inside = Path({str(tmp_path / 'run')!r}), Path({str(tmp_path / 'inside')!r})\n"
             "for _ in range(40):\n"
             "    with folder_lock(folder):\n"
@@ -169,8 +170,8 @@ def test_many_owners_one_at_a_time(tmp_path):
 
 
 def test_two_callers_of_one_stage_run_it_once(made, tmp_path):
-    code = ("from pathlib import Path; from esci_nb.runs import ensemble\n"
-            f"ensemble([Path(run) for run in {[str(run) for run in made.runs]!r}], Path({str(made.data)!r}), name='twice', "
+    code = ("from pathlib import Path; from esci_nb.run.stages import combine\n"
+            f"combine([Path(run) for run in {[str(run) for run in made.runs]!r}], Path({str(made.data)!r}), name='twice', "
             f"outputs=Path({str(tmp_path)!r}))")
     callers = [python(code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [caller.communicate(timeout=240)[0] for caller in callers]
@@ -206,8 +207,8 @@ class Toy:
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
     "Makes jobs from names and needs; they are run by `Toy`."
-    monkeypatch.setattr(grids, "Worker", Toy)
-    monkeypatch.setattr(grids.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(workers, "Worker", Toy)
+    monkeypatch.setattr(workers.time, "sleep", lambda seconds: None)
     Toy.running, Toy.most, Toy.order = 0, 0, []
     return lambda **needs: [Job("toy", tmp_path / name, {}, tuple(tmp_path / need for need in after.split())) for name, after in needs.items()]
 
@@ -231,7 +232,7 @@ def test_a_job_of_another_grid_is_left_to_it(toys, tmp_path, monkeypatch):
             (tmp_path / "a").mkdir(exist_ok=True)
             (tmp_path / "a" / "DONE").touch()
         return folder.name == "a"
-    monkeypatch.setattr(runs, "is_locked", locked)
+    monkeypatch.setattr(workers, "is_locked", locked)
     assert not run_jobs(toys(a="", b="", c="a"), [{"OMP_NUM_THREADS": "1"}])
     assert Toy.order == ["b", "c"]
 
@@ -262,7 +263,7 @@ def test_worker_brings_back_what_went_wrong(tmp_path):
     assert not job.folder.exists() and not list(Path(tempfile.gettempdir()).glob("esci_nb-worker-*/answer.json"))
 
 
-def test_one_worker_a_gpu(monkeypatch):
+def test_one_worker_per_gpu(monkeypatch):
     import torch
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -287,10 +288,10 @@ def test_one_worker_a_gpu(monkeypatch):
 
 def test_winning_file_names_what_there_is():
     www = read_grid(WWW)
-    assert dict(www.backbones)["microsoft/deberta-v3-large"]["locales"] == ["us"] and len(www.backbones) == 4
-    assert www.recipes == ("www_first", "www") and [table["name"] for table in www.ensembles] == ["www_first", "www"]
+    assert {table["name"]: table for table in www.backbone}["microsoft/deberta-v3-large"]["locales"] == ["us"] and len(www.backbone) == 4
+    assert www.recipes == ("www_first", "www") and [table["name"] for table in www.ensemble] == ["www_first", "www"]
     small = change_grid(www, ["x"], ["www"], None, [1], {"n_folds": 2}, epochs=1)
-    assert small.backbones == (("x", {"epochs": 1}),) and small.data["n_folds"] == 2 and small.ensembles == ({"name": "www", "recipes": ["www"]},)
+    assert small.backbone == ({"name": "x", "epochs": 1},) and small.data["n_folds"] == 2 and small.ensemble == ({"name": "www", "recipes": ["www"]},)
 
 
 def test_fields_of_one_recipe_win_and_reach_its_teachers(data, tmp_path):
@@ -298,28 +299,28 @@ def test_fields_of_one_recipe_win_and_reach_its_teachers(data, tmp_path):
     path.write_text('recipes = ["awp", "www"]\n[recipe]\nepochs = 1\nawp_below = 0.5\n[recipe.awp]\nawp_below = 0.9\n'
                     '[recipe.www_first]\nepochs = 3\n[[backbone]]\nname = "m"\nawp_below = 0.7\n')
     grid = read_grid(path)
-    recipes = plan_runs(grid, data, data.parents[1]).recipes.values()
-    assert {(one.name, one.epochs, one.awp_below) for one in recipes} == {("awp", 1, 0.9), ("www", 1, 0.7), ("www_first", 3, 0.7)}
-    flagged = plan_runs(change_grid(grid, awp_below=0.2), data, data.parents[1]).recipes.values()
-    assert {(one.name, one.epochs, one.awp_below) for one in flagged} == {("awp", 1, 0.2), ("www", 1, 0.2), ("www_first", 3, 0.2)}
+    def trained(grid: Grid) -> set:
+        return {(run.name, run.recipe.epochs, run.recipe.awp_below) for run in plan_runs(grid, data, data.parents[1]).training.values()}
+    assert trained(grid) == {("awp", 1, 0.9), ("www", 1, 0.7), ("www_first", 3, 0.7)}
+    assert trained(change_grid(grid, awp_below=0.2)) == {("awp", 1, 0.2), ("www", 1, 0.2), ("www_first", 3, 0.2)}
     ladder = read_grid(ROOT / "nbs" / "grids" / "ladder.toml")
     assert ladder.data["over"] == "ranked" and len(ladder.seeds) == 3 and {"baseline", "www"} < set(ladder.recipes)
 
 
 def test_plan_shares_teachers_and_keeps_locales_apart(data):
-    grid = Grid((("some/model", {}), ("english", {"locales": ["us"]})), ("www_first", "www", "distill"), (0, -1))
+    grid = Grid(backbone=[{"name": "some/model"}, {"name": "english", "locales": ["us"]}], recipes=["www_first", "www", "distill"], folds=[0, -1])
     plan = plan_runs(grid, data, data.parents[1])
     assert len(plan.runs) == 12 and len({job.folder for job in plan.jobs}) == len(plan.jobs)
     places = {job.folder: number for number, job in enumerate(plan.jobs)}
     assert all(places[need] < places[job.folder] for job in plan.jobs for need in job.needs)
     for job in plan.jobs:
-        recipe = plan.recipes.get(job.folder)
-        if recipe is not None:
-            assert recipe.locales == (("us",) if recipe.backbone == "english" else ())
-            sources = [plan.recipes[teacher] for need in job.needs for other in plan.jobs if other.folder == need for teacher in other.needs]
-            assert all((source.backbone, source.locales) == (recipe.backbone, recipe.locales) for source in sources)
+        run = plan.training.get(job.folder)
+        if run is not None:
+            assert run.recipe.locales == (("us",) if run.backbone == "english" else ())
+            teachers = [plan.training[teacher] for need in job.needs for other in plan.jobs if other.folder == need for teacher in other.needs]
+            assert all((teacher.backbone, teacher.recipe.locales) == (run.backbone, run.recipe.locales) for teacher in teachers)
     # of each backbone: www_first 0 and -1; its folds for the final students; three teachers of www and of distill; four students
-    kinds = [recipe for recipe in plan.recipes.values() if recipe.backbone == "english"]
+    kinds = [run for run in plan.training.values() if run.backbone == "english"]
     assert sorted((one.name, one.fold, one.teacher) for one in kinds) == sorted(
         [("www_first", fold, -1) for fold in (-1, 0, 1, 2)] + [("baseline", fold, -1) for fold in range(3)]
         + [(name, 0, teacher) for name in ("www_first", "baseline") for teacher in range(3)]
@@ -328,14 +329,15 @@ def test_plan_shares_teachers_and_keeps_locales_apart(data):
 
 def test_hours_follow_from_rows_and_rate(data):
     costs = read_costs()
-    plan = plan_runs(Grid((("m", {"epochs": 3}), ("us-m", {"epochs": 3, "locales": "us"})), ("baseline", "fgm", "www"), (1,)), data, data.parents[1])
+    backbones = [{"name": "m", "epochs": 3}, {"name": "us-m", "epochs": 3, "locales": "us"}]
+    plan = plan_runs(Grid(backbone=backbones, recipes=["baseline", "fgm", "www"], folds=[1]), data, data.parents[1])
     table = plan_costs(plan, {"": 10.0, "us-m": 20.0}, costs)
 
     def part(recipe: str, backbone: str) -> pd.DataFrame:
         return table[(table["recipe"] == recipe) & (table["backbone"] == backbone)]
     one = part("fgm", "m").iloc[0]
     assert (one["rows"], one["predicted"], one["passes"]) == (12, 12, 36)
-    assert np.isclose(one["hours"] * 3600 * 10, 36 * costs.adversary["fgm"] + 12 * costs.predict)
+    assert np.isclose(one["hours"] * 3600 * 10, 36 * costs.steps["FGMTraining"] + 12 * costs.predict)
     assert part("baseline", "us-m")[["rows", "predicted", "pairs/s"]].to_numpy().tolist() == [[8, 8, 20]]
     teachers = part("www_first", "m")
     assert teachers["rows"].sum() == 2 * 12 and (teachers["rows"] + teachers["predicted"] == 12 + 6 + 6).all()
@@ -348,18 +350,19 @@ def test_hours_follow_from_rows_and_rate(data):
 
 def test_rate_of_finished_runs_and_of_the_benchmark(data):
     costs, outputs = read_costs(), data.parents[1]
-    grid = Grid((("cross-encoder/ms-marco-MiniLM-L12-v2", {}), ("google/rembert", {"gradient_checkpointing": True})), ("awp",), (0,))
+    backbones = [{"name": "cross-encoder/ms-marco-MiniLM-L12-v2"}, {"name": "google/rembert", "gradient_checkpointing": True}]
+    grid = Grid(backbone=backbones, recipes=["awp"], folds=[0])
     plan = plan_runs(grid, data, outputs)
     first = plan_costs(plan, costs=costs)
-    assert first["source"].str.startswith("bench.csv").all() and first["pairs/s"].iloc[0] > 20 * first["pairs/s"].iloc[1] > 0
-    runs.write_json({"recipe": {"backbone": "google/rembert", "max_length": 256, "gradient_checkpointing": True, "adversary": "awp"}},
-                    outputs / "runs" / "old" / "config.json")
-    runs.write_json({"pairs_per_second": 100.0, "steps": 8, "attacks": 4}, outputs / "runs" / "old" / "metrics.json")
+    assert first["rate from"].str.startswith("bench.csv").all() and first["pairs/s"].iloc[0] > 20 * first["pairs/s"].iloc[1] > 0
+    old = make_run("awp", backbone="google/rembert", gradient_checkpointing=True)
+    write_json({**old.values(), "backbone_id": backbone_id(old.backbone)}, outputs / "runs" / "old" / "config.json")
+    write_json({"pairs_per_second": 100.0, "steps": 8, "attacks": 4}, outputs / "runs" / "old" / "metrics.json")
     (outputs / "runs" / "old" / "DONE").touch()
     second = plan_costs(plan, costs=costs).iloc[1]
-    assert second["source"] == "finished runs" and np.isclose(second["pairs/s"], 100 * (1 + (costs.adversary["awp"] - 1) / 2))
-    unknown = plan_runs(Grid((("no/such", {}),)), data, outputs)
-    with pytest.raises(InputError, match="--rate no/such=PAIRS_A_SECOND"):
+    assert second["rate from"] == "finished runs" and np.isclose(second["pairs/s"], 100 * (1 + (costs.steps["AWPTraining"] - 1) / 2))
+    unknown = plan_runs(Grid(backbone=[{"name": "no/such"}]), data, outputs)
+    with pytest.raises(InputError, match="--rate no/such=PAIRS_PER_SECOND"):
         plan_costs(unknown, costs=costs)
 
 
@@ -400,8 +403,8 @@ def test_mistakes_on_the_command_line(words, named, tmp_path, capsys):
 
 
 def test_data_without_the_locale(data):
-    plan = Grid((("m", {"locales": "es"}),))
+    grid = Grid(backbone=[{"name": "m", "locales": "es"}])
     with pytest.raises(InputError, match="no train rows of the locale 'es'; it has jp, us"):
-        plan_runs(plan, data, data.parents[1])
+        plan_runs(grid, data, data.parents[1])
     us = open_data(data, ["us"])
     assert set(us.rows["product_locale"]) == {"us"} and us.locales == ("us",) and len(us.rows) == 16 and set(LOCALES) > {"us"}

@@ -10,14 +10,14 @@ import torch
 
 from esci_nb.contract import LABELS, PROB_COLUMNS, InputError
 from esci_nb.rank.members import align
-from esci_nb.rank.methods import fit_method
+from esci_nb.rank.methods import METHODS, find_method
 from esci_nb.rank.submission import read_candidates
 from esci_nb.recipe import Recipe
 from esci_nb.ship import inference
 from esci_nb.ship.clock import Budget, cut_slices
-from esci_nb.ship.inference import Combination, PairCache, load_model, products_of, rank_lists, run_processes
+from esci_nb.ship.inference import Combination, PairCache, load_predictor, products_of, rank_lists, run_processes
 from esci_nb.ship.package import PackedModel, open_package
-from esci_nb.ship.schedule import Answers, Race, by_strength, run_models, that_fit
+from esci_nb.ship.schedule import Answers, ModelRace, by_strength, run_models, that_fit
 from packing import competition_files, pack_tiny
 
 
@@ -71,7 +71,7 @@ def run(seconds: float, models: list[PackedModel], late=None):
 
     def load(model: PackedModel, precision: str):
         return pretended(watch, PAIRS, model.work * 1e-6, *([late[model.name]] if late and model.name in late else []))
-    race = Race(models, ROWS, lambda model: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
+    race = ModelRace(models, ROWS, lambda model: PAIRS, load, Budget(seconds, watch), batch_tokens=1000, say=said.append)
     outcomes = run_models(race)
     return race.answers, {outcome.model: outcome.state for outcome in outcomes}, said, watch.now
 
@@ -163,9 +163,9 @@ def plain(attached, tmp_path_factory):
 
 
 def loading(change):
-    "`load_model`, whose predictions go through `change(model, batch, predict)`."
+    "`load_predictor`, whose predictions go through `change(model, batch, predict)`."
     def load(model, precision=""):
-        predict = load_model(model, precision)
+        predict = load_predictor(model, precision)
         return lambda batch: change(model, batch, predict)
     return load
 
@@ -178,7 +178,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(attached, plain, tmp
         if asked[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return predict(batch)
-    monkeypatch.setattr(inference, "load_model", loading(short_of_memory))
+    monkeypatch.setattr(inference, "load_predictor", loading(short_of_memory))
     again = rank(attached, tmp_path / "submission.csv", say=lambda line: None)
     assert max(asked) > 20 and np.allclose(again.rows[list(PROB_COLUMNS)], plain.rows[list(PROB_COLUMNS)], atol=1e-6)
     assert again.outcomes["note"].str.contains("halved").all() and sum(size > 20 for size in asked) <= 8, "it learns the size"
@@ -189,13 +189,14 @@ def test_one_broken_model_costs_only_itself(attached, plain, tmp_path, monkeypat
         if model.name == "english":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return predict(batch)
-    monkeypatch.setattr(inference, "load_model", loading(broken))
+    monkeypatch.setattr(inference, "load_predictor", loading(broken))
     said = []
     again = rank(attached, tmp_path / "submission.csv", say=said.append)
     assert dict(zip(again.outcomes["model"], again.outcomes["state"])) == {"all": "used", "english": "failed"}
     assert any("illegal memory access" in line for line in said) and again.rows["p_E"].notna().all()
     us = again.rows["product_locale"] == "us"
-    assert np.allclose(again.rows.loc[~us, "p_E"], plain.rows.loc[~us, "p_E"]) and not np.allclose(again.rows.loc[us, "p_E"], plain.rows.loc[us, "p_E"])
+    assert np.allclose(again.rows.loc[~us, "p_E"], plain.rows.loc[~us, "p_E"])
+    assert not np.allclose(again.rows.loc[us, "p_E"], plain.rows.loc[us, "p_E"])
 
 
 def test_numbers_that_overflow_are_computed_again_in_fp32(attached, plain, tmp_path, monkeypatch):
@@ -203,9 +204,9 @@ def test_numbers_that_overflow_are_computed_again_in_fp32(attached, plain, tmp_p
 
     def load(model, precision=""):
         asked.append((model.name, precision))
-        predict = load_model(model, precision)
+        predict = load_predictor(model, precision)
         return predict if precision == "fp32" else lambda batch: np.full((len(batch["row"]), len(LABELS)), np.nan, np.float32)
-    monkeypatch.setattr(inference, "load_model", load)
+    monkeypatch.setattr(inference, "load_predictor", load)
     again = rank(attached, tmp_path / "submission.csv", say=lambda line: None)
     assert sorted(asked) == [("all", ""), ("all", "fp32"), ("english", ""), ("english", "fp32")], "loaded again once"
     assert set(again.outcomes["state"]) == {"used"} and np.allclose(again.rows["p_E"], plain.rows["p_E"], atol=1e-6)
@@ -252,7 +253,8 @@ def test_a_locale_without_a_model_is_refused_before_anything_is_written(attached
 def labelled(plain) -> pd.DataFrame:
     "The rows of the lists with made-up labels."
     rng = np.random.default_rng(0)
-    return plain.rows.drop(columns=[*PROB_COLUMNS, "score"]).assign(esci_label=rng.choice(LABELS, len(plain.rows)), lexical=rng.random(len(plain.rows)))
+    n = len(plain.rows)
+    return plain.rows.drop(columns=[*PROB_COLUMNS, "score"]).assign(esci_label=rng.choice(LABELS, n), lexical=rng.random(n))
 
 
 def with_method(attached, tmp_path, labelled, method: str):
@@ -260,7 +262,7 @@ def with_method(attached, tmp_path, labelled, method: str):
     rng, us = np.random.default_rng(1), labelled["product_locale"] == "us"
     tables = {name: labelled.loc[rows, ["example_id"]].assign(**dict(zip(PROB_COLUMNS, rng.dirichlet(np.ones(len(LABELS)), rows.sum()).T)))
               for name, rows in (("all", us | True), ("english", us))}
-    fitted = fit_method(method, align(labelled, tables))
+    fitted = find_method(method).fit(align(labelled, tables))
     (tmp_path / "ensemble").mkdir()
     fitted.save(tmp_path / "ensemble")
     titles = pd.read_csv(next(attached.glob("data/*catalogue*")))["product_title"].fillna("")
@@ -272,12 +274,12 @@ def answers_of(attached, package, rows, folder) -> tuple[Answers, PairCache]:
     "What the models of a package say about the rows, with ample time."
     products = products_of(rows, sorted((attached / "data").glob("*catalogue*")))
     cache = PairCache(rows, products, folder)
-    race = Race(package.models, rows, cache, load_model, Budget(300), say=lambda line: None)
+    race = ModelRace(package.models, rows, cache, load_predictor, Budget(300), say=lambda line: None)
     run_models(race)
     return race.answers, cache
 
 
-@pytest.mark.parametrize("method", ["mean", "greedy", "stacking"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_packed_method_is_applied_to_what_its_members_say(attached, tmp_path, labelled, method):
     from esci_nb.rank.members import with_lexical
     package, fitted = with_method(attached, tmp_path, labelled, method)
@@ -313,4 +315,6 @@ def test_a_method_that_fails_costs_only_itself(attached, tmp_path, labelled, mon
     combine = Combination(package, rows, lambda: cache.prepare(package.models[0]), said.append)
     monkeypatch.setattr(type(combine.method), "predict", lambda *given: 1 / 0)
     assert np.allclose(combine(answers), answers.mean()) and np.allclose(combine(answers), answers.mean())
-    assert len(said) == 1 and "the method stacking failed (division by zero); the plain mean is taken" in said[0]
+    assert len(said) == 1 and "the method stacking cannot be used (division by zero); the plain mean is taken" in said[0]
+    monkeypatch.setattr(METHODS["stacking"], "is_available", classmethod(lambda cls: False))
+    assert Combination(package, rows, cache.prepare, said.append).method is None and "not installed" in said[1], "and says so at once"

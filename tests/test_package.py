@@ -1,4 +1,5 @@
 """What is packed is what was trained: a packed ensemble ranks fresh files as the ensemble did; anything broken is refused."""
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from esci_nb.cli import main
 from esci_nb.contract import LABELS, LOCALES, PROB_COLUMNS, InputError
 from esci_nb.rank.submission import find_files, read_candidates
-from esci_nb.run.stages import ensemble
+from esci_nb.run.stages import combine
 from esci_nb.ship.inference import rank_lists
 from esci_nb.ship.package import MANIFEST, describe_run, open_package
 
@@ -41,9 +42,22 @@ def test_a_packed_ensemble_ranks_as_the_ensemble_did(made, packed, tiny_files, t
 
 
 def test_packed_stacking_ranks_as_the_ensemble_did(made, tiny_files, tmp_path):
-    stacked = ensemble(made.runs, made.data, "stacking", outputs=made.data.parent.parent)
+    stacked = combine(made.runs, made.data, "stacking", outputs=made.data.parent.parent)
     assert main(["pack", str(stacked), "--to", str(tmp_path / "package")]) == 0
     ranked_again(stacked, tmp_path / "package", find_files(tiny_files), tmp_path)
+
+
+def test_bm25_among_the_members_is_computed_again(made, tiny_files, tmp_path):
+    with_words = combine(made.runs, made.data, scores={"words": "bm25"}, outputs=made.data.parent.parent)
+    assert main(["pack", str(with_words), "--to", str(tmp_path / "package")]) == 0
+    files, said, away = find_files(tiny_files), [], {}
+    for package in (open_package(tmp_path / "package"), dataclasses.replace(open_package(tmp_path / "package"), left_out=("words",))):
+        ranking = rank_lists(package, read_candidates(files.lists), files.catalogues, tmp_path / "s.csv", 3600, say=said.append)
+        trained = pd.read_parquet(with_words / "test.parquet").set_index("example_id")[list(PROB_COLUMNS)]
+        fresh = ranking.rows.set_index("example_id").loc[trained.index, list(PROB_COLUMNS)]
+        away[package.left_out] = np.abs(fresh - trained).to_numpy().mean()
+    assert not any("cannot be used" in line for line in said)
+    assert away[()] < 0.01 < away["words",], "not quite the same: its word counts are those of the lists to rank"
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(packed):

@@ -6,7 +6,7 @@
 __all__ = ['run_labels', 'peer_files', 'seed_shift', 'compare_systems', 'ranked_rows', 'read_ladder', 'ladder_path',
            'measure_ladder']
 
-# %% ../../nbs/810_measure.ladder.ipynb #3fa62fac
+# %% ../../nbs/810_measure.ladder.ipynb #e31e48f5
 import glob
 import itertools
 import json
@@ -27,8 +27,8 @@ from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_boots
 from ..rank.members import collect, read_scores
 from ..rank.untrained import UNTRAINED, zero_shot_scores
 from ..recipe import RECIPES, Recipe
-from ..run.plan import Grid, change_grid
 from ..run.grid import plan_grid, run_plan
+from ..run.plan import Grid, change_grid
 from ..run.stages import run_stage
 
 # %% ../../nbs/810_measure.ladder.ipynb #584b4ec8
@@ -201,7 +201,7 @@ def _check_names(peers: Mapping) -> None:
     if taken:
         raise InputError(f"A peer cannot be called {min(taken)!r}, which is the name of another row of the table; give it a name of its own.")
 
-# %% ../../nbs/810_measure.ladder.ipynb #9bcad5db
+# %% ../../nbs/810_measure.ladder.ipynb #583ef7ed
 def measure_ladder(grid: Grid, source: str, to: Path, command: str, peers: Mapping[str, str] = {}, zero_shot: bool = False,
                    outputs: Path = OUTPUTS, workers: int | None = None, variants: Mapping = {}) -> pd.DataFrame:
     """Train what a grid asks for on `source`, folded over all ranked lists; compare, write the table to `to` and return it.
@@ -209,20 +209,17 @@ def measure_ladder(grid: Grid, source: str, to: Path, command: str, peers: Mappi
     `command`: what the user typed, for the table; `peers`: name -> pattern (`peer_files`); `zero_shot`: also the first backbone without
     training; `variants`: settings of the data or recipe fields; the grid is trained once more with each."""
     _check_names(peers)
-    grid = change_grid(grid, data={"over": "ranked"} | dict(grid.data))
-    grids = [grid, *(_change(grid, name, value) for name, value in variants.items())]
-    plans = [plan_grid(one, source, outputs) for one in grids]
-    plan = plans[0]
-    rows, files = ranked_rows(plan.data), {name: peer_files(pattern) for name, pattern in peers.items()}
+    grid = change_grid(grid, data={"over": "ranked"} | grid.data)
+    plans = [plan_grid(one, source, outputs) for one in (grid, *(_change(grid, name, value) for name, value in variants.items()))]
+    data, files = plans[0].data, {name: peer_files(pattern) for name, pattern in peers.items()}
     for path in itertools.chain(*files.values()):  # mistakes come before the first training
-        _peer_ndcg(path, rows)
-    runs = []
-    for one in plans:
-        run_plan(one, workers)
-        runs += one.runs
-    backbones = list(dict.fromkeys(plan.training[run].backbone for run in plan.runs))
+        _peer_ndcg(path, ranked_rows(data))
+    for plan in plans:
+        run_plan(plan, workers)
+    runs = [folder for plan in plans for folder in plan.runs]
+    backbones = [plans[0].training[run].backbone for run in plans[0].runs]
     untrained = backbones[0] if zero_shot else ""
-    folder = ladder_path(runs, plan.data.path, files, untrained, outputs)
-    run_stage("ladder", folder, {"data": str(plan.data.path), "runs": [str(run) for run in runs], "outputs": str(outputs),
+    folder = ladder_path(runs, data.path, files, untrained, outputs)
+    run_stage("ladder", folder, {"data": str(data.path), "runs": [str(run) for run in runs], "outputs": str(outputs),
                                  "peers": files, "zero_shot": untrained})
     return write_result(pd.read_csv(folder / "ladder.csv"), to, backbones, command)

@@ -246,7 +246,7 @@ class Engine:
         "How many gradients of each weight the engine holds at a time, for the check of memory."
         return 1
 
-# %% ../../nbs/280_model.engines.ipynb #bb52e583
+# %% ../../nbs/280_model.engines.ipynb #a08af189
 PART_TOKENS = 2048  # of a batch that a core takes at a time in prediction
 
 
@@ -258,7 +258,7 @@ class CpuEngine(Engine):
         quicken(model.backbone, training)
         if training:
             parts = max(torch.get_num_threads(), batch_tokens // 4096)
-            reproducible = model.backbone.config._attn_implementation == "esci_cpu" and not getattr(model.backbone, "is_gradient_checkpointing", False)
+            reproducible = model.backbone.config._attn_implementation == "esci_cpu" and not getattr(model.backbone, "is_activation_checkpointing", False)
             self.parts = parts if parts <= 8 and reproducible else 1
         return super().prepare(model, "fp32" if precision == "fp16" else precision, training)
 

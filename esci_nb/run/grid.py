@@ -23,12 +23,13 @@ from .plan import SMALL, EnsembleTable, Grid, Plan, plan_runs
 from .stages import combine, preprocess, small_backbone, write_report
 from .workers import run_jobs, worker_slots
 
-# %% ../../nbs/540_run.grid.ipynb #cf3ca177
+# %% ../../nbs/540_run.grid.ipynb #2ba0072f
 def plan_grid(grid: Grid, source: str, outputs: Path = OUTPUTS) -> Plan:
     "Preprocess the data, build the small backbone where it is asked for, and plan: everything before the first training."
+    backbones = grid.backbones
     data = preprocess(source, outputs=outputs, **grid.data)
     tables = [{**SMALL_OVERRIDES, **table, "name": str(small_backbone(data, outputs=outputs))} if table["name"] == SMALL else table
-              for table in grid.backbone]
+              for table in backbones]
     return plan_runs(grid.replace(backbone=tables), data, outputs)
 
 # %% ../../nbs/540_run.grid.ipynb #f127aeab

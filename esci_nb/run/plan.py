@@ -44,7 +44,7 @@ class EnsembleTable(Settings):
     scores: dict = setting({}, "more members: name and file of scores")
     leaderboard: dict = setting({}, "NDCG of members on the leaderboard, for the method winners")
 
-# %% ../../nbs/510_run.plan.ipynb #f69b5dac
+# %% ../../nbs/510_run.plan.ipynb #f4ee2e02
 class Grid(Settings):
     "Which runs are wanted, recipes x backbones x seeds x folds, and what is made of them: the keys of a grid file."
     noun = "grid key"
@@ -77,6 +77,13 @@ class Grid(Settings):
                 raise ValueError(f"The ensemble {table.name} wants the recipe {lost[0]!r}, which the grid does not train; it trains "
                                  f"{', '.join(self.recipes)}.")
         return self
+
+    @property
+    def backbones(self) -> Tables:
+        "The tables of backbones; refuses a grid without any."
+        if not self.backbone:
+            raise InputError("The grid has no backbones; name at least one.")
+        return self.backbone
 
     def fields(self, name: str, backbone: Mapping) -> dict:
         "What is set of the recipe `name` on a backbone's table: for all runs, for the backbone, for this recipe; the later wins."
@@ -174,18 +181,16 @@ class _Planner:
             labels["pseudo_labels"] = self.add(pseudo_label_job(teachers, self.data.path, outputs=self.outputs)).name
         return self.train(run.replace(**labels))
 
-# %% ../../nbs/510_run.plan.ipynb #37b3a71d
+# %% ../../nbs/510_run.plan.ipynb #fab633be
 def plan_runs(grid: Grid, data: Path, outputs: Path = OUTPUTS) -> Plan:
     "The jobs of the wanted runs and of all that they learn from; nothing is run. Refuses folds and locales that the data lack."
-    if not grid.backbone:
-        raise InputError("The grid has no backbones; name at least one.")
     dataset = open_data(data)
     folds = tuple(range(dataset.n_folds)) if grid.folds is None else grid.folds
     if missing := [fold for fold in folds if not -1 <= fold < dataset.n_folds]:
         raise InputError(f"Fold {missing[0]} does not exist: {data} has the folds 0 to {dataset.n_folds - 1} (and -1 for all).")
     planner, runs = _Planner(grid, dataset, Path(outputs)), []
     for name in grid.recipes:
-        for table in grid.backbone:
+        for table in grid.backbones:
             named = grid.named(name, table)
             dataset.only(named.recipe.locales)
             for seed in grid.seeds:

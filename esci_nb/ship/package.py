@@ -19,9 +19,9 @@ from pathlib import Path
 
 import esci_nb
 
-from ..contract import LABELS, LOCALES, InputError, count_of
+from ..contract import LABELS, LOCALES, InputError
 from ..files import is_done, read_json, write_json
-from ..folders import data_of, read_run
+from ..folders import data_of, find_runs, read_run
 from ..identity import digest_file
 from ..recipe import Recipe
 from ..rank.methods import load_method
@@ -64,13 +64,13 @@ def _encoder_work(weights: Path) -> int:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
     return sum(math.prod(shape) for name, shape in shapes.items() if "embeddings" not in name and "embed_tokens" not in name)
 
-# %% ../../nbs/600_ship.package.ipynb #016b8d25
+# %% ../../nbs/600_ship.package.ipynb #00e7c571
 def _check_labels(folder: Path) -> None:
     "Refuse a model folder whose classes are not `LABELS`."
     labels = read_json(folder / "head.json").get("labels") or []
     if labels != list(LABELS):
-        raise InputError(f"{folder} is a model of the classes {', '.join(labels) or '(none)'} where {', '.join(LABELS)} are needed; train it "
-                         "again with these.")
+        raise InputError(f"{folder} is a model of the classes {', '.join(labels) or '(none)'} where {', '.join(LABELS)} are needed; "
+                         "train it again with these.")
 
 # %% ../../nbs/600_ship.package.ipynb #a18218fe
 def _text_settings(run: Path) -> dict:
@@ -116,14 +116,10 @@ def _left_out(folder: Path, config: Mapping, method) -> list[str]:
                          "ensemble again without them.")
     return names
 
-# %% ../../nbs/600_ship.package.ipynb #b7f97646
+# %% ../../nbs/600_ship.package.ipynb #df1aed87
 def _runs_of(folder: Path, config: Mapping) -> dict[str, Path]:
-    "The folders of the runs of an ensemble by name; they may lie beside it if it was made from another working folder."
-    beside = folder.parent.parent / "runs"
-    runs = {Path(run).name: Path(run) if Path(run).is_dir() else beside / Path(run).name for run in config["runs"]}
-    gone = [str(run) for run in runs.values() if not run.is_dir()]
-    if gone:
-        raise InputError(f"{folder} was made from {count_of(len(gone), 'run')} that cannot be found, such as {gone[0]}; train what is gone again.")
+    "The folders of the runs of an ensemble by name."
+    runs = {run.name: run for run in find_runs(folder, config["runs"])}
     unknown = set(runs) ^ {name for names in config["members"].values() for name in names}
     if unknown:
         raise InputError(f"{folder / 'config.json'} names {min(unknown)} among its runs or among its members, but not both; run the stage "
@@ -165,11 +161,11 @@ def write_package(to: Path, models: Sequence[PackedModel], ensemble: Path | None
                to / MANIFEST)
     return to
 
-# %% ../../nbs/600_ship.package.ipynb #4e7fd030
+# %% ../../nbs/600_ship.package.ipynb #0043692a
 @dataclass(frozen=True)
 class Package:
-    """What `open_package` read: the folder and its models; whether it holds the fitted method of an ensemble (else the plain mean is taken),
-    and which scorers of that are not packed."""
+    """What `open_package` read: the folder and its models; whether it holds the fitted method of an ensemble (else the plain mean is
+    taken), and which scorers of that are not packed."""
     folder: Path
     models: tuple[PackedModel, ...]
     has_method: bool = False

@@ -20,13 +20,12 @@ from ..recipe import Run
 from .base import Strategy, TrainingRows
 from .distill import check_unseen, read_labels, read_teacher, row_positions, trained_rows
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #d489e458
+# %% ../../nbs/350_strategy.pseudo.ipynb #af2c0168
 def select_pseudo(table: pd.DataFrame, threshold: float = 0.7) -> np.ndarray:
-    """Positions of the rows of `table` whose highest probability is above `threshold` (0.7: slides).
+    """Positions of the rows of `table` whose highest probability is above `threshold`. [S: 0.7]
 
     `table`: `PROB_COLUMNS`, one row per pair. Raises `InputError` for a threshold outside 0..1 or rows that are no
-    probabilities.
-    """
+    probabilities."""
     if not 0 <= threshold < 1:
         raise InputError(f"threshold is {threshold}; give a probability from 0 up to but not 1.")
     ranking_score(table)  # refuses what is no probability
@@ -43,32 +42,9 @@ def unlabelled_rows(data: DataFolder, fold: int) -> np.ndarray:
     "Positions of the rows whose labels a student of `fold` may not know: the test rows, or without these its own fold."
     return data.test if len(data.test) else data.held_out(fold)
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #81b63cf7
-def pseudo_predictions(runs: Sequence[Path], data: DataFolder) -> dict[int, pd.DataFrame]:
-    """The mean prediction of finished runs for the unlabelled rows of every student: student fold -> probabilities.
-
-    A student of fold k gets the mean of the runs of fold k, teachers included; where the data has test rows, the final
-    student (-1) gets the mean of all runs. Tables have the columns of oof.parquet, in the order of example_id. Raises
-    `InputError` for runs that are unfinished, of other data or trained with pseudo labels, for runs that predict no
-    unlabelled row, and a run that saw a query of the rows that it predicts or that its student is scored on.
-    """
-    folders = [Path(run) for run in runs]
-    trained_runs = {folder: read_teacher(folder, data) for folder in folders}
-    if len(trained_runs) < len(folders):
-        raise InputError("A run is given twice; give each run once.")
-    has_test = len(data.test) > 0
-    tables = {folder: read_predictions(folder, "test" if has_test else "oof") for folder, run in trained_runs.items()
-              if len(unlabelled_rows(data, run.fold))}
-    if not tables:
-        raise InputError(f"{data.path} has no test rows and none of the {len(folders)} runs left out a fold; give runs of "
-                         f"the folds 0 to {data.n_folds - 1}.")
-    students = sorted({trained_runs[folder].fold for folder in tables} | ({-1} if has_test else set()))
-    return {fold: _mean_for(fold, {folder: table for folder, table in tables.items() if fold in (trained_runs[folder].fold, -1)},
-                            trained_runs, data) for fold in students}
-
-
+# %% ../../nbs/350_strategy.pseudo.ipynb #c308d9c7
 def _mean_for(fold: int, tables: dict[Path, pd.DataFrame], runs: dict[Path, Run], data: DataFolder) -> pd.DataFrame:
-    "The mean of `tables` for one student, after the proof that nobody saw what is predicted or scored."
+    "The mean of the `tables` of some `runs` for one student, after the proof that no run saw what is predicted or scored."
     unlabelled, positions = unlabelled_rows(data, fold), {}
     for folder, table in tables.items():
         positions[folder.name] = row_positions(table, data.rows, folder.name)
@@ -79,29 +55,47 @@ def _mean_for(fold: int, tables: dict[Path, pd.DataFrame], runs: dict[Path, Run]
     check_unseen(data.rows, trained, positions, data.held_out(fold))
     return mean_probabilities({folder.name: table for folder, table in tables.items()})
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #a302e8ee
+# %% ../../nbs/350_strategy.pseudo.ipynb #b9941461
+def pseudo_predictions(runs: Sequence[Path], data: DataFolder) -> dict[int, pd.DataFrame]:
+    """The mean prediction of finished runs for the unlabelled rows of every student: student fold -> probabilities.
+
+    A student of fold k gets the mean of the runs of fold k, teachers included; where the data has test rows, the final
+    student (-1) gets the mean of all runs. Tables have the columns of oof.parquet, in the order of example_id. Raises
+    `InputError` for runs that are unfinished, of other data or trained with pseudo labels, for runs that predict no
+    unlabelled row, and a run that saw a query of the rows that it predicts or that its student is scored on."""
+    folders = [Path(run) for run in runs]
+    read = {folder: read_teacher(folder, data) for folder in folders}
+    if len(read) < len(folders):
+        raise InputError("A run is given twice; give each run once.")
+    has_test = len(data.test) > 0
+    tables = {folder: read_predictions(folder, "test" if has_test else "oof") for folder, run in read.items()
+              if len(unlabelled_rows(data, run.fold))}
+    if not tables:
+        raise InputError(f"{data.path} has no test rows and none of the {len(folders)} runs left out a fold; give runs of "
+                         f"the folds 0 to {data.n_folds - 1}.")
+    students = sorted({read[folder].fold for folder in tables} | ({-1} if has_test else set()))
+    return {student: _mean_for(student, {folder: table for folder, table in tables.items() if student in (read[folder].fold, -1)}, read, data)
+            for student in students}
+
+# %% ../../nbs/350_strategy.pseudo.ipynb #9e45c60a
 def read_pseudo_labels(folder: Path, data: DataFolder, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """The pseudo labels of a student: positions of the rows that join its training, and targets, float32 (rows, classes).
 
     `folder`: what the stage `pseudo_label` wrote. Raises `InputError` if it is unfinished, of other data, was not made
-    for this fold, or holds rows that are train rows of the student.
-    """
+    for this fold, or holds rows that are train rows of the student."""
     table = read_labels(folder, "pseudo", "pseudo_label", data, fold)
     positions = pd.Index(data.rows["example_id"]).get_indexer(table["example_id"])
     strange = ~np.isin(positions, unlabelled_rows(data, fold)) | table["example_id"].duplicated()
     if strange.any():
-        raise InputError(f"{Path(folder) / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no "
-                         f"unlabelled rows of fold {fold} (example_id "
-                         f"{', '.join(map(str, table['example_id'][strange].tolist()[:3]))}); delete the folder "
-                         "and run the stage pseudo_label again.")
+        listed = ", ".join(map(str, table["example_id"][strange].tolist()[:3]))
+        raise InputError(f"{Path(folder) / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no unlabelled rows of fold {fold} "
+                         f"(example_id {listed}); delete the folder and run the stage pseudo_label again.")
     return positions, table[list(PROB_COLUMNS)].to_numpy("float32")
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #32d10486
+# %% ../../nbs/350_strategy.pseudo.ipynb #d7b4515f
 class PseudoLabels(Strategy):
     "Rows that the models are sure of join the training (run field `pseudo_labels`, recipe field `pseudo_weight`). [S]"
-
-    def __init__(self):
-        self.rows = 0
+    rows: int | None = None  # that have joined; None before `teach`
 
     @classmethod
     def of(cls, run: Run) -> "PseudoLabels | None":
@@ -114,16 +108,15 @@ class PseudoLabels(Strategy):
         return TrainingRows(np.concatenate([rows.positions, positions]), target, weight)
 
     def facts(self) -> dict[str, float]:
-        return {"pseudo_rows": self.rows}
+        return {} if self.rows is None else {"pseudo_rows": self.rows}
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #af150678
+# %% ../../nbs/350_strategy.pseudo.ipynb #7b6734ce
 def passing(table: pd.DataFrame, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
             labels: Sequence[str] | None = None) -> pd.DataFrame:
     """What passes each threshold: columns threshold, locale, label (predicted), rows, share (of the locale's rows).
 
-    `table`: product_locale and the four probabilities. With `labels`, the true ones of the same rows ('' = unknown),
-    also `right`: the share of passing rows of known label whose prediction is right, NaN where none passes.
-    """
+    `table`: product_locale and `PROB_COLUMNS`. With `labels`, the true ones of the same rows ('' = unknown),
+    also `right`: the share of passing rows of known label whose prediction is right, NaN where none passes."""
     matrix = table[list(PROB_COLUMNS)].to_numpy()
     label = np.array(LABELS, dtype=object)[matrix.argmax(1)]
     locale = table["product_locale"].to_numpy(dtype=object)
@@ -131,13 +124,12 @@ def passing(table: pd.DataFrame, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0
     if labels is not None:
         truth = np.asarray(labels, dtype=object)
         frame["right"] = np.where(truth == "", np.nan, (truth == label).astype(float))
-    cells = pd.MultiIndex.from_product([[name for name in LOCALES if (frame["locale"] == name).any()], LABELS],
-                                       names=["locale", "label"])
+    cells = pd.MultiIndex.from_product([[code for code in LOCALES if (locale == code).any()], LABELS], names=["locale", "label"])
     parts = []
     for threshold in thresholds:
         passed = frame[frame["top"] > threshold].groupby(["locale", "label"])["right"].agg(rows="size", right="mean")
         parts.append(passed.reindex(cells).reset_index().assign(threshold=threshold))
-    out = pd.concat(parts, ignore_index=True)
-    out["rows"] = out["rows"].fillna(0).astype("int64")
-    out["share"] = out["rows"] / out["locale"].map(frame["locale"].value_counts())
-    return out[["threshold", "locale", "label", "rows", "share", *(["right"] if labels is not None else [])]]
+    counts = pd.concat(parts, ignore_index=True)
+    counts["rows"] = counts["rows"].fillna(0).astype("int64")
+    counts["share"] = counts["rows"] / counts["locale"].map(frame["locale"].value_counts())
+    return counts[["threshold", "locale", "label", "rows", "share", *(["right"] if labels is not None else [])]]

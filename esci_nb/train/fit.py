@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_lr', 'widen_embeddings', 'build_model', 'Fitted', 'fit', 'predict']
 
-# %% ../../nbs/380_train.fit.ipynb #94a94385
+# %% ../../nbs/380_train.fit.ipynb #3fa1b4cf
 import copy
 import gc
 import time
@@ -28,7 +28,7 @@ from ..model.encode import EncodedPairs
 from ..model.engines import pick_engine, predictor
 from ..model.layer_rates import parameter_groups
 from ..recipe import Recipe, Run
-from ..strategy.base import TrainingRows, all_facts, strategies_of, total_cost
+from ..strategy.base import Strategies, TrainingRows, all_facts, strategies_of, total_cost
 from .batches import BatchPlan, TrainPairs
 from .room import check_room, last_checkpoint, step_of
 from .trainer import AfterStep, Encoding, PairTrainer, Progress
@@ -85,9 +85,9 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, lr: float, precision: s
         seed=seed, save_strategy="no", save_total_limit=1, logging_strategy="steps", logging_steps=max(1, steps // 50), eval_strategy="no",
         disable_tqdm=True, report_to=[], remove_unused_columns=False, label_names=[])
 
-# %% ../../nbs/380_train.fit.ipynb #36a21916
-def fit(run: Run, pairs: EncodedPairs, rows: TrainingRows, folder: Path) -> Fitted:
-    """Train the model of a run on `rows`, whose positions are those of `pairs`.
+# %% ../../nbs/380_train.fit.ipynb #586021e0
+def fit(run: Run, pairs: EncodedPairs, rows: TrainingRows, folder: Path, strategies: Strategies | None = None) -> Fitted:
+    """Train the model of a run on `rows`, whose positions are those of `pairs`, with `strategies`: those that taught the rows, or else the run's.
 
     Checkpoints go to `folder`/checkpoints, and a whole one found there is continued. Raises `InputError` where the backbone cannot be had or
     memory or disk are too small."""
@@ -96,7 +96,7 @@ def fit(run: Run, pairs: EncodedPairs, rows: TrainingRows, folder: Path) -> Fitt
     set_seed(run.seed)
     model = build_model(run, pairs)
     engine.prepare(model, precision, training=True, batch_tokens=min(recipe.batch_rows * recipe.max_length, recipe.batch_tokens))
-    strategies = strategies_of(run)
+    strategies = strategies or strategies_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     check_room(sum(weight.numel() for weight in model.parameters()), folder, engine.device, engine.copies(), total_cost(strategies).memory)
     plan = BatchPlan(pairs.lengths, rows.positions, run)

@@ -1,0 +1,102 @@
+"""Strategies plug in: a module that is dropped into the package is found, and what a strategy remembers decides which checkpoints count."""
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from esci_nb import strategy
+from esci_nb.recipe import make_run
+from esci_nb.strategy.base import STATE_FILE, Strategies, all_strategies, load_state, save_state, strategies_of, total_cost
+from esci_nb.strategy.averaging import MovingAverage
+from esci_nb.train.room import last_checkpoint
+
+MINE = '''
+from esci_nb.strategy.base import Cost, Strategy
+
+
+class Mine(Strategy):
+    "Asked for by runs of seed 7."
+    cost = Cost(step=3.0, memory=2.0)
+
+    @classmethod
+    def of(cls, run):
+        return cls() if run.seed == 7 else None
+
+
+class Helper(Strategy):
+    "No run can ask for it."
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "A copy of the package with one more module, `mine`."
+    package = shutil.copytree(Path(strategy.__file__).parent, tmp_path / "strategy", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "mine.py").write_text(MINE)
+    monkeypatch.setattr(strategy, "__path__", [str(package)])
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("esci_nb.strategy.mine", None)
+    vars(strategy).pop("mine", None)
+
+
+def names(strategies: Strategies) -> list[str]:
+    return [type(member).__name__ for member in strategies.members]
+
+
+def test_a_new_module_is_found_and_counted(mine):
+    assert "Helper" not in [kind.__name__ for kind in all_strategies()]
+    found = strategies_of(make_run(seed=7, dropout_branches=3, ema=0.9))
+    assert names(found) == ["MovingAverage", "Mine", "MultiSampleDropout"], "in the order of the modules' names"
+    assert total_cost(found).step == pytest.approx(3.06) and total_cost(found).memory == 6
+    assert names(strategies_of(make_run(seed=8))) == []
+
+
+def test_it_is_gone_with_its_module():
+    assert "Mine" not in [kind.__name__ for kind in all_strategies()]
+
+
+def test_every_strategy_is_asked_for_by_some_run():
+    run = make_run(adversary="awp", dropout_branches=2, rdrop=1.0, ema=0.9, soft_labels="soft-1", pseudo_labels="pseudo-1")
+    asked = {*names(strategies_of(run)), *names(strategies_of(make_run("fgm")))}
+    assert asked == {kind.__name__ for kind in all_strategies()} and names(strategies_of(make_run())) == []
+
+
+def checkpoint(folder: Path, step: int, *files: str) -> Path:
+    "A checkpoint with nothing but these files."
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name in files:
+        (path / name).touch()
+    return path
+
+
+def test_a_checkpoint_without_the_strategies_does_not_count(tmp_path):
+    whole = checkpoint(tmp_path, 10, "trainer_state.json", STATE_FILE)
+    checkpoint(tmp_path, 20, "trainer_state.json")
+    checkpoint(tmp_path, 30, STATE_FILE)
+    assert last_checkpoint(tmp_path) == whole
+    (whole / STATE_FILE).unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_states_do_not_mix(tmp_path):
+    class Twice(MovingAverage):
+        "A second strategy with the same names of tensors."
+
+    layer = torch.nn.Linear(2, 2)
+    first, second = Strategies([MovingAverage(0.5), Twice(0.9)]), Strategies([MovingAverage(0.5), Twice(0.9)])
+    for strategies in (first, second):
+        for member in strategies.members:
+            member.start(type("Training", (), {"model": layer, "masters": {}}))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    first.each("after_step")
+    save_state(first, tmp_path)
+    load_state(second, tmp_path)
+    for one, other in zip(first.members, second.members):
+        assert one.steps == other.steps == 1 and torch.equal(one.average["weight"], other.average["weight"])
+    assert (tmp_path / STATE_FILE).is_file() and [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
