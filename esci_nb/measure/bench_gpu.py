@@ -485,6 +485,12 @@ class Bench:
     def say(self, *what) -> None:
         print(f"[{time.perf_counter() - self.start:6.1f} s]", *what, flush=True)
 
+    def note(self, what: str, error: Exception) -> None:
+        "Say in a line that something failed; the whole of it goes to errors.txt."
+        self.say(f"{what} FAILED: {type(error).__name__}: {error}"[:200])
+        with open(self.out / "errors.txt", "a") as out:
+            out.write(what + ": " + "".join(traceback.format_exception(error)))
+
 
 def run_parts(bench: Bench, parts: Mapping[str, Callable[[Bench], None]]) -> None:
     "One part after the other; one that fails says so and the next goes on; none starts after `sizes.seconds`."
@@ -495,9 +501,8 @@ def run_parts(bench: Bench, parts: Mapping[str, Callable[[Bench], None]]) -> Non
         bench.say(f"part {name}")
         try:
             part(bench)
-        except Exception:
-            traceback.print_exc()
-            bench.say(f"part {name} FAILED")
+        except Exception as error:
+            bench.note(f"part {name}", error)
         gc.collect()
         torch._dynamo.reset()
         if bench.device.type == "cuda":
@@ -522,9 +527,8 @@ def warm_peers(bench: Bench, work: Work, config, training: bool, rows: np.ndarra
                 for peer.batch in batches:
                     do(rows)  # every width of a padded batch costs something the first time
                     took[peer.batch] = timed(lambda do=do: do(rows), device)
-        except Exception:
-            traceback.print_exc()
-            bench.say(f"peer {name} FAILED")
+        except Exception as error:
+            bench.note(f"peer {name}", error)
             continue
         peer.batch, peer.gib, peer.unpadded = min(took, key=took.get), memory.gib, "unpadded" in name
         bench.say(f"{name}: pairs/s by batch", {batch: round(len(rows) / seconds) for batch, seconds in took.items()}, f"{memory.gib:.1f} GiB")
@@ -783,5 +787,5 @@ def main(arguments: list[str] | None = None) -> None:
     run_parts(bench, {name: PARTS[name] for name in given.parts.split(",")})
 
 
-if __name__ == "__main__" and "ipykernel" not in __import__("sys").modules:
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
     main()
