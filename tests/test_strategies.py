@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esci_nb import strategy
-from esci_nb.recipe import make_run
+from esci_nb.recipe import RECIPES, make_run
 from esci_nb.strategy.base import STATE_FILE, Strategies, all_strategies, load_state, save_state, strategies_of, total_cost
 from esci_nb.strategy.averaging import MovingAverage
 from esci_nb.train.room import last_checkpoint
@@ -60,8 +60,7 @@ def test_it_is_gone_with_its_module():
 
 
 def test_every_strategy_is_asked_for_by_some_run():
-    run = make_run(adversary="awp", dropout_branches=2, rdrop=1.0, ema=0.9, soft_labels="soft-1", pseudo_labels="pseudo-1")
-    asked = {*names(strategies_of(run)), *names(strategies_of(make_run("fgm")))}
+    asked = {name for recipe in RECIPES for name in names(strategies_of(make_run(recipe, soft_labels="soft-1", pseudo_labels="pseudo-1")))}
     assert asked == {kind.__name__ for kind in all_strategies()} and names(strategies_of(make_run())) == []
 
 
