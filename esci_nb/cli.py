@@ -139,7 +139,7 @@ def _check(arguments) -> None:
 # %% ../nbs/910_cli.ipynb #884944ed
 @command("recipes", "The named recipes; with a name, every field of that recipe.", argument("name", nargs="?"))
 def _recipes(arguments) -> None:
-    from esci_nb.recipe import Recipe, find_recipe, recipe_table
+    from esci_nb.recipe import find_recipe, recipe_table
     from esci_nb.settings import field_table
     if arguments.name is None:
         print(recipe_table().to_string(index=False))

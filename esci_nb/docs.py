@@ -347,19 +347,19 @@ def tree(nbs: Path = ROOT / "nbs") -> str:
     lines.append(f"{'nbs/pipeline/':<27}# one notebook per stage, run by papermill")
     return "\n".join(lines + [_line(f"  {path.name}", read_notebook(path)) for path in sorted(nbs.glob("pipeline/*.ipynb"))])
 
-# %% ../nbs/900_docs.ipynb #779d69de
+# %% ../nbs/900_docs.ipynb #02fa17e5
 def _write_page(page: str, to: Path, source: Mapping | str, targets: Targets, end: str) -> None:
     "Write one page for Sphinx from a notebook or a guide in Markdown; `end`: Markdown below it."
     try:
-        made = opening(link_names(source, targets)) if isinstance(source, str) else myst_notebook(source, page, targets)
+        content = opening(link_names(source, targets)) if isinstance(source, str) else myst_notebook(source, page, targets)
     except InputError as error:
         raise InputError(f"nbs/{page}: {error}") from None
     (to / page).parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(made, str):
-        (to / f"{page}.md").write_text(made + end, encoding="utf-8")
+    if isinstance(content, str):
+        (to / f"{page}.md").write_text(content + end, encoding="utf-8")
     else:
-        made["cells"] += [_cell("markdown", end)] * bool(end)
-        (to / f"{page}.ipynb").write_text(json.dumps(made), encoding="utf-8")
+        content["cells"] += [_cell("markdown", end)] * bool(end)
+        (to / f"{page}.ipynb").write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_sources(nbs: Path, to: Path, parser: argparse.ArgumentParser | None = None) -> int:

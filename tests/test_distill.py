@@ -1,11 +1,15 @@
 """Soft and pseudo labels: nobody labels a query that it saw, whatever the folders hold."""
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
-from esci_nb.contract import LABELS, PROB_COLUMNS, InputError
+from esci_nb.contract import LABELS, LOCALES, PROB_COLUMNS, InputError
 from esci_nb.data.folds import make_folds
 from esci_nb.data.merge import merge_tasks
 from esci_nb.data.sample import make_sample
@@ -15,7 +19,7 @@ from esci_nb.recipe import make_run
 from esci_nb.strategy import distill
 from esci_nb.strategy.distill import (N_TEACHERS, Teacher, check_unseen, distilled_targets, query_keys, read_soft_labels, read_teachers,
                                       soft_labels, teacher_folds, teacher_split)
-from esci_nb.strategy.pseudo import pseudo_predictions, pseudo_targets, read_pseudo_labels, select_pseudo, unlabelled_rows
+from esci_nb.strategy.pseudo import passing, pseudo_predictions, pseudo_targets, read_pseudo_labels, select_pseudo, unlabelled_rows
 
 STUDENTS = (-1, 0, 1, 2)
 
@@ -323,3 +327,31 @@ def test_pseudo_targets_are_distributions(probs):
     soft, hard = pseudo_targets(table), pseudo_targets(table, hard=True)
     np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
     assert ((hard == 1).sum(1) == 1).all() and (hard.argmax(1) == soft.argmax(1)).all()
+
+
+def teach_with_any_contract() -> None:
+    "From made-up judgements to soft and pseudo labels, with whatever classes and locales the contract has."
+    rng = np.random.default_rng(0)
+    query = np.repeat(np.arange(60), 6)
+    rows = pd.DataFrame({"example_id": np.arange(360), "query_id": query, "query": [f"word {number}" for number in query],
+                         "product_id": [f"P{number}" for number in range(360)], "product_locale": np.array(LOCALES)[query % len(LOCALES)],
+                         "esci_label": rng.choice(LABELS, 360), "split": np.where(query % 5, "train", "test"),
+                         "source": np.where(query % 3, "task1", "task2"), "weight": 1.0})
+    data = DataFolder(Path("other-1"), make_folds(rows, 3), pd.DataFrame(), {"n_folds": 3})
+    probs = rng.dirichlet(np.full(len(LABELS), 0.2), len(rows)).astype("float32")
+    runs = bag(Path(tempfile.mkdtemp()), data, probs, 0)
+    table = soft_labels(read_teachers(runs, data)[0], data.rows, data.train(0), data.held_out(0))
+    np.testing.assert_array_equal(table[list(PROB_COLUMNS)], probs[data.train(0)])
+    predicted = pseudo_predictions(runs, data)[-1]
+    chosen = predicted.iloc[select_pseudo(predicted)]
+    assert 0 < len(chosen) and pseudo_targets(chosen, hard=True).shape == (len(chosen), len(LABELS))
+    assert set(passing(predicted)["locale"]) == set(LOCALES) and set(passing(predicted)["label"]) == set(LABELS)
+
+
+def test_any_labels_and_locales():
+    "Three classes and the locale fr, each one record in the contract, pass through both strategies; so does the contract as it is."
+    from test_eda import OTHER_CONTRACT
+    teach_with_any_contract()
+    script = OTHER_CONTRACT + f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_distill; test_distill.teach_with_any_contract()"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -19,7 +19,7 @@ from esci_nb.cli import main, make_parser
 from esci_nb.contract import InputError
 
 NBS = ROOT / "nbs"
-OWN = {"rdrop", "nbs/08b_rdrop.ipynb", "esci_nb/rdrop.py"}  # what the guide to a strategy of one's own makes
+OWN = {"focal", "nbs/332_strategy.focal.ipynb", "esci_nb/strategy/focal.py"}  # what the guide to a strategy of one's own makes
 TEXTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((NBS / "guides").glob("*.md"))]
 needs_sphinx = pytest.mark.skipif(not (find_spec("sphinx") and find_spec("myst_nb") and find_spec("furo")),
                                   reason="the extra docs is not installed: make check-docs runs this")

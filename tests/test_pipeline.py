@@ -11,7 +11,7 @@ import pytest
 from conftest import QUICK, ROOT
 
 from esci_nb.cli import main
-from esci_nb.contract import LABEL_RECORDS, PROB_COLUMNS
+from esci_nb.contract import LABEL_RECORDS, PROB_COLUMNS, InputError
 from esci_nb.folders import open_data, read_run
 from esci_nb.rank.submission import check_submission
 from esci_nb.recipe import make_run
@@ -94,13 +94,18 @@ def test_killed_run_is_finished_by_the_next_call(made):
     assert (run / "DONE").exists() and (run / "oof.parquet").exists() and not list(run.glob(".*part"))
 
 
-def test_failure_keeps_the_notebook_and_is_no_user_error(made, tmp_path):
+def test_failure_keeps_the_notebook_and_a_refusal_leaves_nothing(made, tmp_path):
     (tmp_path / "ensemble").mkdir()
+    parameters = {"ensemble": str(tmp_path / "ensemble"), "data": str(made.data)}
     (tmp_path / "ensemble" / "config.json").write_text(json.dumps({"runs": list(map(str, made.runs))}))
     (tmp_path / "ensemble" / "test.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match="test.parquet is missing or broken"):
+        run_stage("report", tmp_path / "out", parameters, live=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "ensemble" / "config.json").write_text("{}")
     with pytest.raises(RuntimeError, match="failed.ipynb"):
-        run_stage("report", tmp_path / "out", {"ensemble": str(tmp_path / "ensemble"), "data": str(made.data)}, live=False)
-    assert (tmp_path / "out" / "failed.ipynb").is_file() and not (tmp_path / "out" / "DONE").exists()
+        run_stage("report", tmp_path / "out", parameters, live=False)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"failed.ipynb"}
 
 
 def test_all_rows_run_has_no_out_of_fold(made):
@@ -153,3 +158,7 @@ def test_ladder_beside_a_peer(made, tiny_files, tmp_path):
     assert table.set_index("recipe").loc["baseline clean=false", "settings"] == "clean=false"
     assert table.set_index("recipe").loc["shuffled", "seeds"] == "0 1" and table["sd_over_seeds"].notna().sum() == 1
     assert "--variants clean=false --peers NAME=FILE" in table["command"].iloc[0] and "--zero-shot" not in table["command"].iloc[0]
+    before = written(outputs)
+    assert main(words) == 0 and written(outputs) == before and pd.read_csv(tmp_path / "ladder.csv").equals(table)
+    (tmp_path / "1.csv").write_text((tmp_path / "0.csv").read_text())
+    assert main(words) == 0 and len(list(outputs.glob("report/ladder-*"))) == 2, "other scores are another ladder"

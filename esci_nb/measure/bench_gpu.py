@@ -39,13 +39,13 @@ from ..contract import LABELS, TEXT_FIELDS
 from .race import is_met
 from ..model.backbones import BACKBONES, without_pooler
 from ..model.cross_encoder import CrossEncoder
-from ..model.encode import PairFrame, TokenStore, _cut_lengths, _fill_batch, _token_ids, product_text
+from ..model.encode import PairFrame, TokenStore, cut_lengths, fill_batch, token_ids, product_text
 from ..model.layer_rates import parameter_groups
 from ..model.losses import soft_cross_entropy
 from ..model.packed import PackedCrossEncoder, fill_batches, fill_row, first_position, pack, packed_attention, segment_count
 from ..recipe import WINNER_QUARTERS
 from ..run.costs import pair_flops
-from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, _move, compile_layers, put_back
+from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, move_batch, compile_layers, put_back
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #ed5a2b41
 COLUMNS = ("what", "ours", "peer", "ratio", "low", "high", "goal", "unit", "rounds", "met", "note", "card", "versions", "date", "command")
@@ -119,10 +119,10 @@ class Work:
         self.target = np.eye(len(LABELS), dtype=np.float32)[self.labels]
         self.stores = []
         for texts in (self.queries, self.texts):
-            ids, counts = _token_ids(self.tokenizer, texts, max_length)
+            ids, counts = token_ids(self.tokenizer, texts, max_length)
             self.stores.append(TokenStore(ids, np.concatenate([[0], np.cumsum(counts)])))
         self.frame = PairFrame.of(self.tokenizer)
-        self.kept = np.stack(_cut_lengths(*(store.lengths for store in self.stores), max_length - self.frame.special))
+        self.kept = np.stack(cut_lengths(*(store.lengths for store in self.stores), max_length - self.frame.special))
         self.lengths = self.kept.sum(0) + self.frame.special
 
     def head(self, rows: int) -> np.ndarray:
@@ -131,7 +131,7 @@ class Work:
 
     def padded(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         "The padded batch of these pairs."
-        return _fill_batch(self.frame, *self.stores, rows, rows, self.kept[:, rows])
+        return fill_batch(self.frame, *self.stores, rows, rows, self.kept[:, rows])
 
     def packed(self, rows: np.ndarray, first: int, shape: tuple[int, int, int] | None = None) -> dict[str, np.ndarray]:
         "The packed batch of these pairs."
@@ -485,6 +485,12 @@ class Bench:
     def say(self, *what) -> None:
         print(f"[{time.perf_counter() - self.start:6.1f} s]", *what, flush=True)
 
+    def note(self, what: str, error: Exception) -> None:
+        "Say in a line that something failed; the whole of it goes to errors.txt."
+        self.say(f"{what} FAILED: {type(error).__name__}: {error}"[:200])
+        with open(self.out / "errors.txt", "a") as out:
+            out.write(what + ": " + "".join(traceback.format_exception(error)))
+
 
 def run_parts(bench: Bench, parts: Mapping[str, Callable[[Bench], None]]) -> None:
     "One part after the other; one that fails says so and the next goes on; none starts after `sizes.seconds`."
@@ -495,9 +501,8 @@ def run_parts(bench: Bench, parts: Mapping[str, Callable[[Bench], None]]) -> Non
         bench.say(f"part {name}")
         try:
             part(bench)
-        except Exception:
-            traceback.print_exc()
-            bench.say(f"part {name} FAILED")
+        except Exception as error:
+            bench.note(f"part {name}", error)
         gc.collect()
         torch._dynamo.reset()
         if bench.device.type == "cuda":
@@ -522,9 +527,8 @@ def warm_peers(bench: Bench, work: Work, config, training: bool, rows: np.ndarra
                 for peer.batch in batches:
                     do(rows)  # every width of a padded batch costs something the first time
                     took[peer.batch] = timed(lambda do=do: do(rows), device)
-        except Exception:
-            traceback.print_exc()
-            bench.say(f"peer {name} FAILED")
+        except Exception as error:
+            bench.note(f"peer {name}", error)
             continue
         peer.batch, peer.gib, peer.unpadded = min(took, key=took.get), memory.gib, "unpadded" in name
         bench.say(f"{name}: pairs/s by batch", {batch: round(len(rows) / seconds) for batch, seconds in took.items()}, f"{memory.gib:.1f} GiB")
@@ -691,7 +695,7 @@ def check_updates(bench: Bench) -> None:
     before, moved = [parameter.detach().clone() for parameter in model.parameters()], []
     for compiled in (True, False):
         adversary = DeviceAdversary(model, "awp", lr=0.1, epsilon=0.05, masters=ours.masters)
-        adversary._move = adversary._move if compiled else _move
+        adversary._move = adversary._move if compiled else move_batch
         undo = adversary.perturb(ids.unique())
         moved.append(torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()]))
         put_back(undo)
@@ -783,5 +787,5 @@ def main(arguments: list[str] | None = None) -> None:
     run_parts(bench, {name: PARTS[name] for name in given.parts.split(",")})
 
 
-if __name__ == "__main__" and "ipykernel" not in __import__("sys").modules:
+if __name__ == "__main__" and "__file__" in globals():  # not in the notebook
     main()
