@@ -146,9 +146,8 @@ def _recipes(arguments) -> None:
         return
     named = find_recipe(arguments.name)
     for settings in (named.recipe, named.rounds):
-        table = field_table(type(settings)).drop(columns="default")
-        table.insert(1, "value", [settings.values()[field] for field in table["field"]])
-        print(table.to_string(index=False, header=isinstance(settings, Recipe)))
+        for row in field_table(type(settings)).itertuples():
+            print(f"{row.field} = {json.dumps(settings.values()[row.field])}\n    {row.meaning}; {row.allowed} [{row.source}]")
 
 # %% ../nbs/910_cli.ipynb #e6e1efd0
 @command("demo", "Everything: data, training, ensemble, submission.csv, report.html.",
