@@ -30,16 +30,18 @@ def tokens(text: str) -> list[str]:
             words.append(word)
     return words
 
-# %% ../nbs/098_bm25.ipynb #bfb60d27
+# %% ../nbs/098_bm25.ipynb #5f1ce271
 def bm25(queries: Sequence[str], texts: Sequence[str], k1: float = 1.2, b: float = 0.75) -> np.ndarray:
     """BM25 score of each (query, text) pair.
 
-    `queries`, `texts`: one pair per row. Idf and mean length are over the distinct texts, each counted once. A word twice in the query counts
-    twice. Returns float64 >= 0, one per row; texts without words score 0. Raises `InputError` for unequal lengths."""
+    `queries`, `texts`: one pair per row. Idf and mean length are over the distinct texts, each counted once. A word
+    twice in the query counts twice. Returns float64 >= 0, one per row; texts without words score 0. Raises
+    `InputError` for unequal lengths."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     if len(queries) != len(texts):
-        raise InputError(f"BM25 got {count_of(len(texts), 'text')} and queries for {count_of(len(queries), 'row')}; give one query per row.")
+        raise InputError(f"BM25 got {count_of(len(texts), 'text')} and queries for {count_of(len(queries), 'row')}; give one query "
+                         "per row.")
     query_code, distinct_queries = pd.factorize(np.asarray(queries, dtype=object))
     text_code, distinct_texts = pd.factorize(np.asarray(texts, dtype=object))
     vectorizer = CountVectorizer(analyzer=tokens)

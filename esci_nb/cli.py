@@ -139,16 +139,15 @@ def _check(arguments) -> None:
 # %% ../nbs/910_cli.ipynb #884944ed
 @command("recipes", "The named recipes; with a name, every field of that recipe.", argument("name", nargs="?"))
 def _recipes(arguments) -> None:
-    from esci_nb.recipe import Recipe, find_recipe, recipe_table
+    from esci_nb.recipe import find_recipe, recipe_table
     from esci_nb.settings import field_table
     if arguments.name is None:
         print(recipe_table().to_string(index=False))
         return
     named = find_recipe(arguments.name)
     for settings in (named.recipe, named.rounds):
-        table = field_table(type(settings)).drop(columns="default")
-        table.insert(1, "value", [settings.values()[field] for field in table["field"]])
-        print(table.to_string(index=False, header=isinstance(settings, Recipe)))
+        for row in field_table(type(settings)).itertuples():
+            print(f"{row.field} = {json.dumps(settings.values()[row.field])}\n    {row.meaning}; {row.allowed} [{row.source}]")
 
 # %% ../nbs/910_cli.ipynb #e6e1efd0
 @command("demo", "Everything: data, training, ensemble, submission.csv, report.html.",

@@ -15,7 +15,7 @@ from esci_nb.rank.judge import judge, nested
 from esci_nb.rank.members import align, apply_calibration, calibrate, collect, expected_gain, gather, read_scores
 from esci_nb.rank.methods import METHODS, Stacking, Winners, correlation, find_method, fit_method, load_method, split_lists, weighted
 from esci_nb.rank.submission import check_submission
-from esci_nb.rank.untrained import scorer_id
+from esci_nb.rank.untrained import scorer_id, write_scores
 from esci_nb.run.stages import ensemble_path
 
 
@@ -243,7 +243,7 @@ def members_on_disk(made, tmp_path_factory):
 
 def test_command_from_runs_and_scores_to_a_submission(made, members_on_disk, tmp_path, capsys):
     outputs = tmp_path / "outputs"
-    assert main(["score", str(made.data), "bm25", str(tmp_path / "bm25.csv")]) == 0
+    write_scores(open_data(made.data), "bm25", tmp_path / "bm25.csv")
     words = ["ensemble", *map(str, members_on_disk), "--method", "simplex", "--data", str(made.data), "--outputs", str(outputs)]
     words += ["--scores", f"bm25={tmp_path / 'bm25.csv'}", "--to", str(tmp_path / "ensemble.csv")]
     assert main(words) == 0
@@ -270,8 +270,8 @@ def test_command_from_runs_and_scores_to_a_submission(made, members_on_disk, tmp
 
 
 def test_bm25_by_name_is_bm25_by_file(made, tmp_path):
-    assert main(["score", str(made.data), "bm25", str(tmp_path / "bm25.csv")]) == 0
     data = open_data(made.data)
+    write_scores(data, "bm25", tmp_path / "bm25.csv")
     by_file, by_name = (gather(made.runs, data, {"bm25": scorer}) for scorer in (tmp_path / "bm25.csv", "bm25"))
     assert np.array_equal(by_file.test.scores, by_name.test.scores, equal_nan=True) and by_name.test.is_scorer.tolist() == [False, True]
     assert np.array_equal(by_file.lists.scores, by_name.lists.scores, equal_nan=True)

@@ -39,13 +39,13 @@ from ..contract import LABELS, TEXT_FIELDS
 from .race import is_met
 from ..model.backbones import BACKBONES, without_pooler
 from ..model.cross_encoder import CrossEncoder
-from ..model.encode import PairFrame, TokenStore, _cut_lengths, _fill_batch, _token_ids, product_text
+from ..model.encode import PairFrame, TokenStore, cut_lengths, fill_batch, token_ids, product_text
 from ..model.layer_rates import parameter_groups
 from ..model.losses import soft_cross_entropy
 from ..model.packed import PackedCrossEncoder, fill_batches, fill_row, first_position, pack, packed_attention, segment_count
 from ..recipe import WINNER_QUARTERS
 from ..run.costs import pair_flops
-from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, _move, compile_layers, put_back
+from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, move_batch, compile_layers, put_back
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #ed5a2b41
 COLUMNS = ("what", "ours", "peer", "ratio", "low", "high", "goal", "unit", "rounds", "met", "note", "card", "versions", "date", "command")
@@ -119,10 +119,10 @@ class Work:
         self.target = np.eye(len(LABELS), dtype=np.float32)[self.labels]
         self.stores = []
         for texts in (self.queries, self.texts):
-            ids, counts = _token_ids(self.tokenizer, texts, max_length)
+            ids, counts = token_ids(self.tokenizer, texts, max_length)
             self.stores.append(TokenStore(ids, np.concatenate([[0], np.cumsum(counts)])))
         self.frame = PairFrame.of(self.tokenizer)
-        self.kept = np.stack(_cut_lengths(*(store.lengths for store in self.stores), max_length - self.frame.special))
+        self.kept = np.stack(cut_lengths(*(store.lengths for store in self.stores), max_length - self.frame.special))
         self.lengths = self.kept.sum(0) + self.frame.special
 
     def head(self, rows: int) -> np.ndarray:
@@ -131,7 +131,7 @@ class Work:
 
     def padded(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         "The padded batch of these pairs."
-        return _fill_batch(self.frame, *self.stores, rows, rows, self.kept[:, rows])
+        return fill_batch(self.frame, *self.stores, rows, rows, self.kept[:, rows])
 
     def packed(self, rows: np.ndarray, first: int, shape: tuple[int, int, int] | None = None) -> dict[str, np.ndarray]:
         "The packed batch of these pairs."
@@ -695,7 +695,7 @@ def check_updates(bench: Bench) -> None:
     before, moved = [parameter.detach().clone() for parameter in model.parameters()], []
     for compiled in (True, False):
         adversary = DeviceAdversary(model, "awp", lr=0.1, epsilon=0.05, masters=ours.masters)
-        adversary._move = adversary._move if compiled else _move
+        adversary._move = adversary._move if compiled else move_batch
         undo = adversary.perturb(ids.unique())
         moved.append(torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()]))
         put_back(undo)

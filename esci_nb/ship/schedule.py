@@ -164,7 +164,8 @@ class ModelRace:
         self.say(f"{outcome.model}: dropped, {outcome.note}")
 
 # %% ../../nbs/620_ship.schedule.ipynb #148a14c5
-def run_model(race: ModelRace, model: PackedModel, later: Sequence[PackedModel], outcome: ModelOutcome, tick: Callable[[float], None]) -> None:
+def run_model(race: ModelRace, model: PackedModel, later: Sequence[PackedModel], outcome: ModelOutcome,
+              tick: Callable[[float], None]) -> None:
     "Load and measure a model and let it finish if there is time; `outcome` is filled in, `tick` hears which share of the rows is done."
     clock, left = race.budget.clock, lambda: race.budget.left
     pairs, start = race.encode(model), clock()

@@ -110,13 +110,13 @@ def _need_positive(attack: str, usual: str, **values: float) -> None:
         if not 0 < value < math.inf:
             raise InputError(f"The {name} of {attack} is {value}; give a positive number ({usual}).")
 
-# %% ../../nbs/310_strategy.adversarial.ipynb #756ad577
+# %% ../../nbs/310_strategy.adversarial.ipynb #d0b44f13
 class FGM(Adversary):
     """Fast gradient method: the word embeddings E with gradient g become E + epsilon * g / |g| [T].
 
-    |g| is the norm over the whole matrix, so `epsilon` is the length of the step; rows without gradient stay. The attacked gradient is added
-    to the clean one [T]. Every step is attacked. `model` is a transformers model or has one as `.backbone`. Raises `InputError` for an
-    `epsilon` that is not positive and for frozen word embeddings."""
+    |g| is the norm over the whole matrix, so `epsilon` is the length of the step; rows without gradient stay. The
+    attacked gradient is added to the clean one [T]. Every step is attacked. `model` is a transformers model or has
+    one as `.backbone`. Raises `InputError` for an `epsilon` that is not positive and for frozen word embeddings."""
 
     def __init__(self, model: nn.Module, epsilon: float = 1.0):
         _need_positive("FGM", "peers: 0.5 to 1", epsilon=epsilon)
@@ -141,7 +141,7 @@ class FGM(Adversary):
         if earlier is not None:
             parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
 
-# %% ../../nbs/310_strategy.adversarial.ipynb #9b66216f
+# %% ../../nbs/310_strategy.adversarial.ipynb #f8824687
 NO_GRADIENT = 1e-30  # a gradient this short has no direction worth following; smaller would overflow the factors
 
 
@@ -160,21 +160,24 @@ def _step_factors(gradients: list[torch.Tensor], weights: list[torch.Tensor], ra
 
 
 def _clamp_steps(steps: list[torch.Tensor], weights: list[torch.Tensor], factors: list[float]) -> None:
-    "Turn gradients into AWP's steps in units of epsilon, in place: times `factors`, clamped to the size of each weight. `weights` are used up."
+    """Turn gradients into AWP's steps in units of epsilon, in place: times `factors`, clamped to the size of each weight.
+
+    `weights` are used up."""
     torch._foreach_mul_(steps, factors)
     torch._foreach_abs_(weights)
     torch._foreach_minimum_(steps, weights)
     torch._foreach_neg_(weights)
     torch._foreach_maximum_(steps, weights)
 
-# %% ../../nbs/310_strategy.adversarial.ipynb #f7ebffd1
+# %% ../../nbs/310_strategy.adversarial.ipynb #cfb6d7e5
 class AWP(Adversary):
     """Adversarial weight perturbation: each matrix W with gradient g becomes W + lr * g / |g| * |W|, clamped to W +- epsilon * |W| [T].
 
-    Norms are of whole matrices, the clamp is by element. Moves trainable parameters of two or more dimensions, word embeddings included [S], no
-    biases and norms [own]. The attacked gradient replaces the clean one [T]. A step is attacked when its loss is below `below` [S]. `masters`,
-    {weight: fp32 master} of weights kept in bf16: the moved weight is then the rounded sum of master and step, as under autocast. Memory: one
-    copy of the matrices. Raises `InputError` for values that are not positive and when nothing is trainable."""
+    Norms are of whole matrices, the clamp is by element. Moves trainable parameters of two or more dimensions, word
+    embeddings included [S], no biases and norms [own]. The attacked gradient replaces the clean one [T]. A step is
+    attacked when its loss is below `below` [S]. `masters`, {weight: fp32 master} of weights kept in bf16: the moved
+    weight is then the rounded sum of master and step, as under autocast. Memory: one copy of the matrices. Raises
+    `InputError` for values that are not positive and when nothing is trainable."""
 
     def __init__(self, model: nn.Module, lr: float = 1e-4, epsilon: float = 1e-2, below: float = 0.6,
                  masters: Mapping[nn.Parameter, torch.Tensor] = {}):

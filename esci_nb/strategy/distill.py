@@ -34,17 +34,18 @@ def query_keys(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     language, languages = pd.factorize(rows["language" if "language" in rows else "product_locale"])
     return by_id, text * len(languages) + language
 
-# %% ../../nbs/340_strategy.distill.ipynb #a77972da
+# %% ../../nbs/340_strategy.distill.ipynb #cda5aa52
 N_TEACHERS = 3
 
 
 def teacher_folds(rows: pd.DataFrame, n: int = N_TEACHERS, seed: int = 42) -> np.ndarray:
     """The teacher fold of every row of a data folder: int8 (rows,), 0 .. n - 1, and -1 for test rows.
 
-    Queries with the same normalised text in a locale share a teacher fold, single pairs included. Cut inside each fold of `rows`, balanced in
-    rows and locales as `make_folds` does, so that the teachers of every student have about the same number of rows. A translated row has the
-    teacher fold of its origin, or -1 where that is not among the rows. Labels are not read; the same rows and seed always give the same
-    teacher folds. Raises `InputError` for fewer than two teachers or a query text that lies in two folds. [S: 3 folds; the rest own]"""
+    Queries with the same normalised text in a locale share a teacher fold, single pairs included. Cut inside each
+    fold of `rows`, balanced in rows and locales as `make_folds` does, so that the teachers of every student have
+    about the same number of rows. A translated row has the teacher fold of its origin, or -1 where that is not among
+    the rows. Labels are not read; the same rows and seed always give the same teacher folds. Raises `InputError` for
+    fewer than two teachers or a query text that lies in two folds. [S: 3 folds; the rest own]"""
     if n < 2:
         raise InputError(f"{n} teachers were asked for; give at least two, or nobody labels a row.")
     part, original = np.full(len(rows), -1, np.int8), is_original(rows)
@@ -55,8 +56,8 @@ def teacher_folds(rows: pd.DataFrame, n: int = N_TEACHERS, seed: int = 42) -> np
     by_text = query_keys(rows)[1]
     torn = rows["fold"].groupby(by_text).transform("nunique") > 1
     if torn.any():
-        raise InputError(f"{len(np.unique(by_text[torn]))} query text(s), such as {quote_some(rows['query'][torn])}, lie in more than one fold "
-                         "of the data; cut the folds again with the stage preprocess.")
+        raise InputError(f"{len(np.unique(by_text[torn]))} query text(s), such as {quote_some(rows['query'][torn])}, lie in more than "
+                         "one fold of the data; cut the folds again with the stage preprocess.")
     trains = (rows["split"] == "train").to_numpy()
     queries = rows.assign(text=by_text, is_list=rows["source"] == "task1")[trains].groupby("text", sort=True).agg(
         fold=("fold", "first"), locale=("product_locale", "first"), has_list=("is_list", "any"), rows=("fold", "size"))
@@ -82,7 +83,7 @@ def teacher_split(data: DataFolder, fold: int, teacher: int, n: int = N_TEACHERS
         trained = trained[~np.isin(text[trained], text[labelled])]
     return trained, labelled
 
-# %% ../../nbs/340_strategy.distill.ipynb #f97dadbf
+# %% ../../nbs/340_strategy.distill.ipynb #e9311991
 def check_unseen(rows: pd.DataFrame, trained: Mapping[str, np.ndarray], labelled: Mapping[str, np.ndarray],
                  held_out: Sequence[int] = ()) -> None:
     """Raise `InputError` if a teacher saw a query that it labels, or one of the student's held-out fold.
@@ -100,8 +101,8 @@ def check_unseen(rows: pd.DataFrame, trained: Mapping[str, np.ndarray], labelled
             if seen.any():
                 queries = rows[["query_id", "query"]].iloc[others[seen]].drop_duplicates()
                 listed = ", ".join(f"{row.query_id} ({row.query!r})" for row in queries.head(3).itertuples())
-                raise InputError(f"{name} trained on {len(queries)} of the queries that {what}, such as {listed}; a soft label must come from "
-                                 "a model that never saw its query, so cut the teachers' folds by query.")
+                raise InputError(f"{name} trained on {len(queries)} of the queries that {what}, such as {listed}; a soft label must "
+                                 "come from a model that never saw its query, so cut the teachers' folds by query.")
 
 # %% ../../nbs/340_strategy.distill.ipynb #e0eeb940
 def read_teacher(folder: Path, data: DataFolder) -> Run:
@@ -118,7 +119,7 @@ def read_teacher(folder: Path, data: DataFolder) -> Run:
         raise InputError(f"{folder} was itself trained with pseudo labels and would repeat them; give runs of an earlier round.")
     return run
 
-# %% ../../nbs/340_strategy.distill.ipynb #3e434f43
+# %% ../../nbs/340_strategy.distill.ipynb #2ca57f95
 def locales_of(runs: Sequence[Path]) -> tuple[str, ...]:
     "The locales that the first of these runs was trained on, none for all: what `open_data` wants, to read the data as the run did."
     first = Path(runs[0]) if runs else Path()
@@ -132,8 +133,8 @@ def trained_rows(folder: Path, run: Run, data: DataFolder) -> np.ndarray:
     positions = teacher_split(data, run.fold, run.teacher)[0] if run.teacher >= 0 else data.train(run.fold)
     reported = read_json(folder / "metrics.json").get("train_rows", 0)
     if reported > len(positions):
-        raise InputError(f"{folder} trained on {reported:,} rows where its folds leave {len(positions):,}, so its answers may leak; delete the "
-                         "folder and train again.")
+        raise InputError(f"{folder} trained on {reported:,} rows where its folds leave {len(positions):,}, so its answers may leak; "
+                         "delete the folder and train again.")
     return positions
 
 # %% ../../nbs/340_strategy.distill.ipynb #39716fe8
@@ -150,7 +151,7 @@ def _check_alike(folders: Sequence[Path], runs: Sequence[Run]) -> None:
         if (run.teacher < 0) != (runs[0].teacher < 0):
             raise InputError(f"Some of the {len(runs)} runs have a teacher number and some have none; give one kind.")
 
-# %% ../../nbs/340_strategy.distill.ipynb #5da7402d
+# %% ../../nbs/340_strategy.distill.ipynb #f0a216a7
 @dataclass
 class Teacher:
     "One finished run as a teacher: positions of the rows it trained on, and its probabilities for rows it did not see."
@@ -162,9 +163,10 @@ class Teacher:
 def read_teachers(runs: Sequence[Path], data: DataFolder) -> dict[int, list[Teacher]]:
     """Finished runs as bags of teachers: student fold -> its teachers.
 
-    Either runs with a `teacher` number, `N_TEACHERS` for each student fold, or the runs of all folds of a first round (teacher -1), which together
-    teach the final student, fold -1. Raises `InputError` for unfinished runs, other data, runs that differ in more than fold and teacher, a missing
-    or double teacher, and runs that used soft or pseudo labels themselves."""
+    Either runs with a `teacher` number, `N_TEACHERS` for each student fold, or the runs of all folds of a first round
+    (teacher -1), which together teach the final student, fold -1. Raises `InputError` for unfinished runs, other
+    data, runs that differ in more than fold and teacher, a missing or double teacher, and runs that used soft or
+    pseudo labels themselves."""
     folders = [Path(run) for run in runs]
     if not folders:
         raise InputError("No runs were given; give the folders of finished teacher runs.")
@@ -179,11 +181,12 @@ def read_teachers(runs: Sequence[Path], data: DataFolder) -> dict[int, list[Teac
     for student, bag in bags.items():
         bag.sort(key=lambda entry: entry[0])
         if (there := [number for number, _, _ in bag]) != list(numbers):
-            raise InputError(f"Student fold {student} has the {kind} {there} and needs {list(numbers)}, each once; give exactly these runs.")
-    return {student: [Teacher(folder.name, trained_rows(folder, run, data), read_predictions(folder, part)) for _, folder, run in bags[student]]
-            for student in sorted(bags)}
+            raise InputError(f"Student fold {student} has the {kind} {there} and needs {list(numbers)}, each once; give exactly these "
+                             "runs.")
+    return {student: [Teacher(folder.name, trained_rows(folder, run, data), read_predictions(folder, part))
+                      for _, folder, run in bags[student]] for student in sorted(bags)}
 
-# %% ../../nbs/340_strategy.distill.ipynb #50706d21
+# %% ../../nbs/340_strategy.distill.ipynb #9e1e1ca3
 def row_positions(table: pd.DataFrame, rows: pd.DataFrame, name: str) -> np.ndarray:
     """Positions in `rows` of the rows of a table of probabilities, by example_id: int (rows of the table,).
 
@@ -195,18 +198,18 @@ def row_positions(table: pd.DataFrame, rows: pd.DataFrame, name: str) -> np.ndar
         strange |= table[column].to_numpy() != rows[column].to_numpy()[positions]
     if strange.any():
         listed = ", ".join(map(str, table["example_id"][strange].tolist()[:3]))
-        raise InputError(f"{name} labels {int(strange.sum())} row(s) that the data does not hold as it says (example_id {listed}); give runs of "
-                         "this data folder.")
+        raise InputError(f"{name} labels {int(strange.sum())} row(s) that the data does not hold as it says (example_id {listed}); "
+                         "give runs of this data folder.")
     ranking_score(table)  # refuses what is no probability
     return positions
 
-# %% ../../nbs/340_strategy.distill.ipynb #f716f04e
+# %% ../../nbs/340_strategy.distill.ipynb #86bf8911
 def soft_labels(teachers: Sequence[Teacher], rows: pd.DataFrame, train: np.ndarray, held_out: Sequence[int] = ()) -> pd.DataFrame:
     """One soft label for every row at `train`, from the one teacher that did not see its query.
 
-    `train`: positions of the student's train rows; `held_out`: of the rows it is scored on. Returns example_id and `PROB_COLUMNS` in the order
-    of `train`. Raises `InputError` for rows of other data, rows without a label or with two, and teachers that saw a query which they label or
-    the student is scored on (`check_unseen`)."""
+    `train`: positions of the student's train rows; `held_out`: of the rows it is scored on. Returns example_id and
+    `PROB_COLUMNS` in the order of `train`. Raises `InputError` for rows of other data, rows without a label or with
+    two, and teachers that saw a query which they label or the student is scored on (`check_unseen`)."""
     labelled = {teacher.name: row_positions(teacher.labels, rows, teacher.name) for teacher in teachers}
     if len(labelled) < len(teachers):
         raise InputError(f"Two of the {len(teachers)} teachers have the same name; give each run once.")
@@ -218,8 +221,8 @@ def soft_labels(teachers: Sequence[Teacher], rows: pd.DataFrame, train: np.ndarr
                         (~is_train & (labels > 0), "a soft label but are no train rows of the student")):
         if wrong.any():
             listed = ", ".join(map(str, rows["example_id"][wrong].tolist()[:3]))
-            raise InputError(f"{int(wrong.sum()):,} row(s) have {what} (example_id {listed}); give exactly the teachers of one student, whose "
-                             "parts cover its train rows once.")
+            raise InputError(f"{int(wrong.sum()):,} row(s) have {what} (example_id {listed}); give exactly the teachers of one "
+                             "student, whose parts cover its train rows once.")
     table = pd.concat([teacher.labels for teacher in teachers]).set_index("example_id")
     return table.loc[rows["example_id"].iloc[train], list(PROB_COLUMNS)].astype("float32").reset_index()
 
@@ -254,18 +257,18 @@ def read_labels(folder: Path, kind: str, stage: str, data: DataFolder, fold: int
                          f"add runs of fold {fold} and run the stage {stage} again.")
     return pd.read_parquet(folder / f"{kind}.parquet", filters=[("fold", "==", fold)])
 
-# %% ../../nbs/340_strategy.distill.ipynb #a4dcf986
+# %% ../../nbs/340_strategy.distill.ipynb #5239fb6a
 def read_soft_labels(folder: Path, data: DataFolder, fold: int) -> np.ndarray:
     """The soft labels of a student: float32 (rows, classes) in the order of `data.train(fold)`.
 
-    A translated row has those of its origin, or a one-hot label of its own class where the origin is not among the rows.
-    `folder`: what the stage `distill` wrote. Raises `InputError` if it is unfinished, of other data, or was not made for this fold: the labels
-    of another fold come from teachers that saw this one."""
+    A translated row has those of its origin, or a one-hot label of its own class where the origin is not among the
+    rows. `folder`: what the stage `distill` wrote. Raises `InputError` if it is unfinished, of other data, or was not
+    made for this fold: the labels of another fold come from teachers that saw this one."""
     table = read_labels(folder, "soft", "distill", data, fold).set_index("example_id")
     originals = data.rows["example_id"].iloc[data.train(fold, translated=False)]
     if len(table) != len(originals) or not table.index.is_unique or not originals.isin(table.index).all():
-        raise InputError(f"{Path(folder) / 'soft.parquet'} does not hold each of the {len(originals):,} train rows of fold {fold} once; delete "
-                         "the folder and run the stage distill again.")
+        raise InputError(f"{Path(folder) / 'soft.parquet'} does not hold each of the {len(originals):,} train rows of fold {fold} "
+                         "once; delete the folder and run the stage distill again.")
     train = data.rows.iloc[data.train(fold)]
     origin = train["origin"] if "origin" in train else train["example_id"]
     soft = table.reindex(origin)[list(PROB_COLUMNS)].to_numpy("float32")

@@ -55,7 +55,7 @@ def _mean_for(fold: int, tables: dict[Path, pd.DataFrame], runs: dict[Path, Run]
     check_unseen(data.rows, trained, positions, data.held_out(fold))
     return mean_probabilities({folder.name: table for folder, table in tables.items()})
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #b9941461
+# %% ../../nbs/350_strategy.pseudo.ipynb #a654d46b
 def pseudo_predictions(runs: Sequence[Path], data: DataFolder) -> dict[int, pd.DataFrame]:
     """The mean prediction of finished runs for the unlabelled rows of every student: student fold -> probabilities.
 
@@ -74,10 +74,10 @@ def pseudo_predictions(runs: Sequence[Path], data: DataFolder) -> dict[int, pd.D
         raise InputError(f"{data.path} has no test rows and none of the {len(folders)} runs left out a fold; give runs of "
                          f"the folds 0 to {data.n_folds - 1}.")
     students = sorted({read[folder].fold for folder in tables} | ({-1} if has_test else set()))
-    return {student: _mean_for(student, {folder: table for folder, table in tables.items() if student in (read[folder].fold, -1)}, read, data)
-            for student in students}
+    return {student: _mean_for(student, {folder: table for folder, table in tables.items() if student in (read[folder].fold, -1)},
+                               read, data) for student in students}
 
-# %% ../../nbs/350_strategy.pseudo.ipynb #9e45c60a
+# %% ../../nbs/350_strategy.pseudo.ipynb #390b84ba
 def read_pseudo_labels(folder: Path, data: DataFolder, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """The pseudo labels of a student: positions of the rows that join its training, and targets, float32 (rows, classes).
 
@@ -88,8 +88,8 @@ def read_pseudo_labels(folder: Path, data: DataFolder, fold: int) -> tuple[np.nd
     strange = ~np.isin(positions, unlabelled_rows(data, fold)) | table["example_id"].duplicated()
     if strange.any():
         listed = ", ".join(map(str, table["example_id"][strange].tolist()[:3]))
-        raise InputError(f"{Path(folder) / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no unlabelled rows of fold {fold} "
-                         f"(example_id {listed}); delete the folder and run the stage pseudo_label again.")
+        raise InputError(f"{Path(folder) / 'pseudo.parquet'} holds {int(strange.sum())} row(s) twice or that are no unlabelled rows of "
+                         f"fold {fold} (example_id {listed}); delete the folder and run the stage pseudo_label again.")
     return positions, table[list(PROB_COLUMNS)].to_numpy("float32")
 
 # %% ../../nbs/350_strategy.pseudo.ipynb #d7b4515f
