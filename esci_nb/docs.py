@@ -6,7 +6,7 @@
 __all__ = ['ROOT', 'MATHJAX_SHA256', 'Symbol', 'read_notebook', 'split_directives', 'page_title', 'Targets', 'markdown_of',
            'nbs_pages', 'tree', 'write_sources', 'mathjax', 'build_docs']
 
-# %% ../nbs/900_docs.ipynb #18593072
+# %% ../nbs/900_docs.ipynb #49a47ec2
 import argparse
 import ast
 import hashlib
@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
@@ -128,7 +129,7 @@ class Targets:
         short = {symbol.target.removeprefix("esci_nb."): symbol.target for symbol in self.symbols}
         return once | short | {symbol.target: symbol.target for symbol in self.symbols}
 
-# %% ../nbs/900_docs.ipynb #504afde6
+# %% ../nbs/900_docs.ipynb #e69ec45f
 _FENCE = re.compile(r"^( *)(`{3,}|:{3,}).*?^\1\2 *$", re.M | re.S)
 _NAME = re.compile(r"(?<![`\[\w])`((?:\w+\.)*[A-Za-z]\w*)(\(\))?`(?![`\]])")
 _TITLE = re.compile(r"((?:chapter|guide)s?\s+)\*([^*]+)\*", re.I)
@@ -149,7 +150,8 @@ def _link_title(title: str, targets: Targets) -> str:
     "A link to a chapter or guide."
     title = " ".join(title.split())
     if title not in targets.titles:
-        raise InputError(f"The text refers to *{title}*, but no chapter or guide has this title; there are {', '.join(targets.titles)}.")
+        nearest = get_close_matches(title, targets.titles, 3, 0)
+        raise InputError(f"The text refers to *{title}*, but no chapter or guide has this title; the nearest are {', '.join(nearest)}.")
     return f"{{doc}}`{title} </{targets.titles[title]}>`"
 
 # %% ../nbs/900_docs.ipynb #7b25e484

@@ -112,7 +112,7 @@ def run_path(run: Run, outputs: Path = OUTPUTS) -> Path:
 
 def product_path(kind: str, name: str, runs: Sequence[Path], outputs: Path = OUTPUTS, **asked) -> Path:
     "outputs/<kind>/<name>-<id>: the folder of what is made from several runs (ensembles, soft_labels, pseudo_labels, errors)."
-    of = {"ensembles": "ensemble", "errors": "look"}.get(kind, "labels")
+    of = {"ensembles": "ensemble", "errors": "look", "report": "look"}.get(kind, "labels")
     return place(Path(outputs) / kind, name, identify(of, {"kind": kind, **asked}, {"runs": sorted(id_of(run) for run in runs)}))
 
 # %% ../nbs/070_folders.ipynb #3a6e4af6
