@@ -149,16 +149,10 @@ def quicken(backbone: nn.Module, training: bool) -> nn.Module:
     return backbone
 
 # %% ../../nbs/280_model.engines.ipynb #c70d27e3
-def _keep_to_one_core() -> None:
-    "For a new thread: torch takes the number over at its first look, and only then for good."
-    torch.set_num_threads(1)
-    torch.get_num_threads()
-
-
 @functools.cache
 def _cores(threads: int) -> ThreadPoolExecutor:
-    "That many threads in which torch's operators keep to one core."
-    pool, started = ThreadPoolExecutor(threads, initializer=_keep_to_one_core), threading.Barrier(threads + 1)
+    "That many threads, one per part of a batch."
+    pool, started = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
