@@ -10,6 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"epochs": 1, "precision": "fp32", "max_length": 32, "text_fields": "title"}
 
 
+def written(folder: Path) -> dict[Path, int]:
+    "The files under a folder and when each was written."
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> Path:
     "The embedded sample at a tenth of its size, as files in the official format."

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 matplotlib.use("agg")
-from conftest import ROOT
+from conftest import ROOT, written
 from esci_nb import style
 from esci_nb.contract import EXAMPLES_FILE, LABELS, LOCALES, PRODUCTS_FILE, PROB_COLUMNS, InputError
 from esci_nb.look import error_analysis, explore, labels, repeats, texts
@@ -281,7 +281,10 @@ def outputs(tmp_path_factory):
 
 def test_eda_runs_top_to_bottom(tiny_files, prepared, outputs):
     folder, runs = prepared
-    page = run_by_name("eda", {"source": str(tiny_files), "run": str(runs[0]), "outputs": str(outputs)})
+    parameters = {"source": str(tiny_files), "run": str(runs[0]), "outputs": str(outputs)}
+    page = run_by_name("eda", parameters)
+    before = written(outputs)
+    assert run_by_name("eda", parameters) == page and written(outputs) == before
     html = page.read_text()
     assert html.count("<img") >= 15 and "model rank" in html and "Traceback" not in html and "jupyter-widgets" not in html
     assert (page.parent / "DONE").is_file() and (page.parent / "winners.parquet").is_file()
@@ -292,7 +295,10 @@ def test_eda_runs_top_to_bottom(tiny_files, prepared, outputs):
 
 def test_errors_run_top_to_bottom(prepared, outputs):
     folder, runs = prepared
-    page = run_by_name("errors", {"data": str(folder), "runs": [str(runs[0])], "others": [str(runs[1])], "outputs": str(outputs)})
+    parameters = {"data": str(folder), "runs": [str(runs[0])], "others": [str(runs[1])], "outputs": str(outputs)}
+    page = run_by_name("errors", parameters)
+    before = written(outputs)
+    assert run_by_name("errors", parameters) == page and written(outputs) == before
     html = page.read_text()
     assert html.count("<img") >= 4 and "gap 0." in html and "Both predict the same" not in html and "Traceback" not in html
     assert len(pd.read_parquet(page.parent / "lists.parquet")) > 3

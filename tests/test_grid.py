@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, written
 
 from esci_nb.cli import main
 from esci_nb.contract import LOCALES, InputError
@@ -94,7 +94,8 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
     assert not list(outputs.rglob("LOCK"))
     # everything is done, and the plan knows it
     assert main([*words, "--plan"]) == 0 and "6 jobs, 6 of them done" in capsys.readouterr().out
-    assert main(words) == 0 and capsys.readouterr().out.strip() == str(student)
+    before = written(outputs)
+    assert main(words) == 0 and capsys.readouterr().out.strip() == str(student) and written(outputs) == before
     # labels of us rows are for us students
     with pytest.raises(InputError, match="soft labels for us and not for all locales"):
         read_soft_labels(soft_labels, open_data(made.data), 0)
@@ -105,10 +106,10 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
 
 def test_finished_runs_make_their_ensemble(made, tiny_files, tmp_path, capsys):
     (tmp_path / "grid.toml").write_text('[data]\nn_folds = 2\n[[backbone]]\nname = "small"\n[[ensemble]]\nname = "mean"\n')
-    before = {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+    before = written(made.data.parents[1])
     assert main(["grid", str(tmp_path / "grid.toml"), str(tiny_files), "--outputs", str(made.data.parents[1]), "--set", *QUICK_WORDS]) == 0
     assert capsys.readouterr().out.split() == [str(folder) for folder in (*made.runs, made.ensemble)]
-    assert before == {path: path.stat().st_mtime_ns for path in made.data.parents[1].rglob("*") if path.is_file()}
+    assert before == written(made.data.parents[1])
 
 
 def test_ctrl_c_stops_all_workers(made, tiny_files):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, written
 
 from esci_nb.cli import main
 from esci_nb.contract import LABEL_RECORDS, PROB_COLUMNS, InputError
@@ -24,11 +24,6 @@ LONGER = QUICK | {"epochs": 4}
 def demo_run(made, **changes):
     "A run of the demo with other coordinates or recipe fields, as a job."
     return train_job(make_run(data=made.data.name, backbone=made.backbone, **QUICK | changes), made.data.parents[1])
-
-
-def written(folder) -> dict:
-    "The files under a folder and when each was written."
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_run_folders_keep_their_contract(made):
