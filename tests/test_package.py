@@ -104,7 +104,7 @@ def test_a_model_of_other_classes_is_refused(made, packed, tmp_path):
 
 def test_what_cannot_be_packed_is_refused_and_nothing_is_written(made, packed, tmp_path, capsys):
     for words, part in (([str(tmp_path), "--to", str(tmp_path / "a")], "is no finished run"),
-                        ([str(made.ensemble), "--to", str(packed)], "is not an empty folder"),
+                        ([str(made.runs[0]), "--to", str(packed)], "is not an empty folder"),
                         ([str(made.ensemble), str(made.runs[0]), "--to", str(tmp_path / "a")], "is an ensemble and 1 more")):
         assert main(["pack", *words]) == 2
         said = capsys.readouterr().err
