@@ -152,7 +152,7 @@ def test_stacking_without_lightgbm_says_what_to_install(members, monkeypatch):
     (lambda table: table.assign(score="high"), "no finite number as score of 400 rows .*'high'"),
     (lambda table: table.assign(score=np.inf), "no finite number as score of 400 rows .*inf"),
     (lambda table: table.assign(score=table["score"].where(table.index != 7)), r"no finite number as score of 1 row \(example_id 7\)"),
-    (lambda table: table.assign(query_id="q" + table["query_id"].astype(str)), "no whole number as query_id"),
+    (lambda table: table.assign(query_id="q" + table["query_id"].astype(str)), "query_id, is no whole number"),
     (lambda table: table.drop(columns="score"), "lacks the column 'score'"),
     (lambda table: table.drop(columns=["product_id"]), "give example_id, or query_id, product_id, product_locale"),
     (lambda table: table.head(50), "lacks 270 us rows, 80 es rows"),
@@ -181,7 +181,7 @@ def test_scores_join_on_all_keys_and_ids_are_exact(tmp_path):
     full[["example_id", "score"]].astype(str).to_csv(tmp_path / "ids.csv", index=False)
     assert read_scores(tmp_path / "ids.csv", rows)["score"].tolist() == [1.5, 0.1, 1 / 3]
     full.assign(product_id=[123, 123, 5]).drop(columns="example_id").to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(InputError, match="product_id; write it as text"):
+    with pytest.raises(InputError, match="column product_id, holds int64 values .* write the column as text"):
         read_scores(tmp_path / "numbers.parquet", rows)
     with pytest.raises(InputError, match="no file of scores"):
         read_scores(tmp_path / "none.csv", rows)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..contract import (GAINS, LABELS, LOCALES, PAIR_KEY, PROB_COLUMNS, ROW_KEY, InputError, count_of,
                               is_original, quote_some)
-from ..data.read import read_table
+from ..data.read import as_integer, as_text, read_table
 from ..files import is_done, read_json
 from ..folders import (DataFolder, join_folds, mean_probabilities, name_rows, probability_table,
                              read_predictions, read_run)
@@ -234,27 +234,14 @@ def fill_scorers(members: Members, calibrations: Mapping[str, Sequence[float]]) 
     return dataclasses.replace(members, probabilities=probabilities)
 
 # %% ../../nbs/410_rank.members.ipynb #3a71b8b1
-def _exact_ids(column: pd.Series, where: str) -> pd.Series:
-    "An id column of a file as int64, or as text for product ids and locales; anything that was rounded or is a word is refused."
-    if column.name not in ("example_id", "query_id"):
-        if not pd.api.types.is_string_dtype(column):
-            raise InputError(f"{where} holds {column.dtype} values in {column.name}; write it as text, numbers lose leading zeros.")
-        return column.astype("str")
-    text = column.astype("str").fillna("")
-    wrong = ~text.str.fullmatch(r"[+-]?\d{1,18}(\.0+)?")
-    if wrong.any():
-        raise InputError(f"{where} has no whole number as {column.name} in {count_of(int(wrong.sum()), 'row')} ({quote_some(text[wrong])}); "
-                         "write the ids as they were given.")
-    return text.str.replace(r"\.0+$", "", regex=True).astype("int64")
-
-
 def _read_score_file(path: Path) -> pd.DataFrame:
     "A file of scores: those of `ROW_KEY` that it has, and `score` as it stands there."
     table = read_table(path, (*ROW_KEY, "score"), required=("score",))
     keys = [name for name in ROW_KEY if name in table]
     if "example_id" not in keys and not set(PAIR_KEY) <= set(keys):
         raise InputError(f"{path} says of no row what it is: give example_id, or {', '.join(PAIR_KEY)}.")
-    return pd.DataFrame({name: _exact_ids(table[name], str(path)) for name in keys} | {"score": table["score"]})
+    ids = {name: (as_integer if name in ("example_id", "query_id") else as_text)(table[name], str(path)) for name in keys}
+    return pd.DataFrame(ids | {"score": table["score"]})
 
 # %% ../../nbs/410_rank.members.ipynb #6730a0ac
 def read_scores(scorer: str | Path, rows: pd.DataFrame, data: DataFolder | None = None, complete: bool = False) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..contract import InputError, count_of, need_columns
-from ..data.read import columns_of, is_table, read_examples
+from ..data.read import columns_of, read_examples, table_files
 from ..files import atomic
 from ..metrics import ranking_score
 
@@ -164,7 +164,7 @@ class FoundFiles:
 
 
 def find_files(folder: str | Path, test: str = "*", catalogue: str = "*") -> FoundFiles:
-    """The test lists and the catalogues anywhere below `folder`, told by their columns.
+    """The test lists and the catalogues anywhere below `folder`, told by their columns; hidden files are no data.
 
     `test`, `catalogue`: patterns for the names of the files, such as `test_private*`. A file with judgements counts as test lists if
     it has a column `split`, lacks labels or has `test` in its name. Raises `InputError` where not exactly one such file, or no
@@ -172,7 +172,7 @@ def find_files(folder: str | Path, test: str = "*", catalogue: str = "*") -> Fou
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}: give the folder with the test files.")
-    tables = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_table(path)]
+    tables = table_files(folder)
     columns = {path: set(columns_of(path)) for path in tables if path.match(test) or path.match(catalogue)}
     catalogues = tuple(path for path in columns if "product_title" in columns[path] and path.match(catalogue))
     lists = [path for path in columns if {"query", "product_id", "product_locale"} <= columns[path] and path.match(test)
