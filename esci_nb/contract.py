@@ -85,11 +85,11 @@ def is_original(rows: pd.DataFrame) -> np.ndarray:
 class InputError(ValueError):
     "A mistake in what the user gave: one sentence that says what is wrong, where, and what to do."
 
-# %% ../nbs/010_contract.ipynb #9fb682f9
+# %% ../nbs/010_contract.ipynb #a6362707
 def quote_some(values) -> str:
-    "Up to three different values, quoted, for an error message."
-    distinct = pd.unique(pd.Series(values)).tolist()
-    return ", ".join(repr(value) for value in distinct[:3]) + (", ..." if len(distinct) > 3 else "")
+    "Up to three different values of any kind, quoted, long ones cut, for an error message."
+    distinct = list(dict.fromkeys(map(repr, pd.Series(values).tolist())))
+    return ", ".join(text if len(text) <= 80 else f"{text[:60]}..." for text in distinct[:3]) + (", ..." if len(distinct) > 3 else "")
 
 
 def count_of(number: int, noun: str) -> str:

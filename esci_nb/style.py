@@ -8,6 +8,7 @@ __all__ = ['LABEL_LOOK', 'LOCALE_LOOK', 'ACCENT', 'SECOND', 'QUIET', 'Look', 'lo
 
 # %% ../nbs/095_style.ipynb #71fe3776
 import itertools
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -66,11 +67,24 @@ def japanese_font() -> str:
                   "system font such as Debian's fonts-ipaexfont-gothic.", stacklevel=2)
     return ""
 
-# %% ../nbs/095_style.ipynb #c66ebbd3
-def figure(width: float, height: float, columns: int = 1):
-    "Axes of a new figure in the style of this chapter: one, or an array of `columns` side by side; sizes in inches."
+# %% ../nbs/095_style.ipynb #fe683728
+@cache
+def _draw_sharply() -> None:
+    "In a notebook, figures are drawn at twice their size, so that they are sharp on every screen."
+    ipython = sys.modules.get("IPython")
+    if shell := ipython and ipython.get_ipython():
+        from matplotlib_inline.config import InlineBackend
+        InlineBackend.instance(parent=shell).figure_formats = {"retina"}
+
+
+def figure(width: float, height: float, columns: int = 1, formulas: bool = False):
+    """Axes of a new figure in the style of this chapter: one, or an array of `columns` side by side; sizes in inches.
+
+    `formulas`: what stands between two dollar signs is a formula, which the ticks of a logarithmic axis need. Otherwise it is text."""
     import matplotlib.pyplot as plt
+    _draw_sharply()
     plt.rcParams["font.family"] = [name for name in ("DejaVu Sans", japanese_font()) if name]
+    plt.rcParams["text.parse_math"] = formulas
     plt.rcParams["hatch.linewidth"] = 0.6
     axes = plt.subplots(1, columns, figsize=(width, height), constrained_layout=True, dpi=110)[1]
     for ax in np.atleast_1d(axes):

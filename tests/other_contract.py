@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from esci_nb.contract import LABELS, PRODUCT_COLUMNS, PROB_COLUMNS
-from esci_nb.look import error_analysis, explore, labels, report, repeats, texts
+from esci_nb.look import error_analysis, explore, labels, product_map, query_list, report, repeats, texts, words
 from esci_nb.look.tables import Catalogue, EdaData, make_eda
 
 WORDS = np.array(["rouge", "red", "chaise", "chair", "lampe", "lamp", "table", "grande", "green", "Zorvik"])
@@ -66,6 +66,9 @@ def look_at_texts(data: EdaData) -> None:
     texts.plot_query_length(queries)
     texts.plot_mixing(queries, texts.borrowed_queries(data))
     texts.plot_overlap(texts.overlap_table(data))
+    words.words_by_label(words.telling_words(data))
+    assert all(f"<b>{label}</b>" in words.samples_html(data, label) for label in LABELS)
+    product_map.plot_map(product_map.product_map(data, n=100))
 
 
 def look_at_runs(data: EdaData) -> None:
@@ -75,6 +78,7 @@ def look_at_runs(data: EdaData) -> None:
     explorer = explore.Explorer(data, first)
     explorer.locale.value, explorer.label.value = "fr", LABELS[1]
     assert "fr" in explorer.cards.value and f"{LABELS[2]}&nbsp;" in explorer.cards.value
+    assert {"fr", "us"} == set(query_list.query_list(data, first)["locale"]) and query_list.packed_cards(data, [0, 1], first)
     scores = explore.list_scores(data, first)
     assert LABELS[0] in scores and f"first {LABELS[0]} at" in error_analysis.worst_lists(data, first)
     error_analysis.plot_loss(scores)

@@ -34,6 +34,29 @@ def tiny_run(folder: Path, titles: Sequence[str], cv: float, locales: Sequence[s
     return folder
 
 
+def tiny_ensemble(folder: Path, runs: Sequence[Path], method: str = "simplex") -> Path:
+    "The folder of an ensemble of runs, its method fitted on made-up lists."
+    import numpy as np
+
+    from esci_nb.contract import LABELS, LOCALES, PROB_COLUMNS
+    from esci_nb.files import read_json, write_json
+    from esci_nb.rank.members import align
+    from esci_nb.rank.methods import find_method
+    rng, n = np.random.default_rng(0), 600
+    rows = pd.DataFrame({"example_id": range(n), "query_id": np.repeat(range(n // 10), 10), "product_id": [f"p{i}" for i in range(n)],
+                         "product_locale": np.resize(np.repeat(LOCALES, 10), n), "esci_label": rng.choice(LABELS, n), "lexical": rng.random(n)})
+    tables = {}
+    for run in runs:
+        own = rows[rows["product_locale"].isin(read_json(run / "config.json")["covers"])]
+        truth = np.eye(len(LABELS))[own["esci_label"].map(LABELS.index)]
+        probs = 0.5 * truth + 0.5 * rng.dirichlet(np.ones(len(LABELS)), len(own))  # right half of the time, so that each gets a share
+        tables[run.name] = own[["example_id"]].assign(**dict(zip(PROB_COLUMNS, probs.T)))
+    folder.mkdir(parents=True)
+    find_method(method).fit(align(rows, tables)).save(folder)
+    write_json({"runs": [str(run) for run in runs], "members": {run.name: [run.name] for run in runs}, "scores": {}}, folder / "config.json")
+    return folder
+
+
 def pack_tiny(folder: Path, titles: Sequence[str], models: Mapping[str, tuple[float, Sequence[str]]], ensemble: Path | None = None) -> None:
     "A package without wheel and notebook: name -> (cv, locales); `ensemble`: the folder of a fitted method over members of these names."
     from esci_nb.ship.package import describe_run, write_package

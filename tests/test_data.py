@@ -6,18 +6,25 @@ import threading
 import warnings
 import zipfile
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 
 from esci_nb.contract import EXAMPLE_COLUMNS, EXAMPLES_FILE, LABEL_RECORDS, PAIR_KEY, PRODUCT_COLUMNS, PRODUCTS_FILE, InputError
+from esci_nb.data import read
 from esci_nb.data.download import FILES, RemoteFile, download
-from esci_nb.data.folds import make_folds
+from esci_nb.data.folds import check_folds, make_folds
 from esci_nb.data.load import fingerprint, load
 from esci_nb.data.merge import join_products, merge_tasks
-from esci_nb.data.read import read_examples, read_products
+from esci_nb.data.read import as_text, read_examples, read_products
+from esci_nb.rank.submission import check_submission, write_ranked
 
 REAL_SUBSET = Path(__file__).resolve().parents[1] / ".." / "shared" / "esci-real"
 
@@ -209,6 +216,15 @@ def hide_rubbish(folder: Path) -> None:
         (folder / name).write_bytes(b"no table \0")
 
 
+@pytest.mark.parametrize("name", ["._train.csv", "__MACOSX/._train.csv", ".ipynb_checkpoints/train-checkpoint.csv", "train.csv~", "#train.csv#", "~$train.csv", "#train.csv",
+                                  ".~lock.train.csv#", "$RECYCLE.BIN/train.csv", "@eaDir/train.csv", "lost+found/train.csv", "backup~/train.csv", "Thumbs.db"])
+def test_editors_copies_are_no_data(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "train (1).csv").touch()
+    assert [path.name for path in read.table_files(tmp_path)] == ["train (1).csv"]
+
+
 def test_hidden_files_are_no_data(tmp_path):
     folder = write_competition(tmp_path / ".cache" / "shop", ".csv")  # that the folder itself is hidden does not matter
     before, loaded = fingerprint(folder), load(folder)
@@ -386,6 +402,127 @@ def test_column_twice(tmp_path):
     frame = make_examples().assign(query_locale="us")
     frame.to_csv(tmp_path / "train.csv", index=False)
     assert "'product_locale' twice" in message_of(read_examples, tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_optional_column_twice(tmp_path, suffix):
+    table = pa.Table.from_pandas(make_examples(), preserve_index=False)
+    table = table.append_column("split", table["split"])
+    pa_csv.write_csv(table, tmp_path / "train.csv") if suffix == ".csv" else pq.write_table(table, tmp_path / "train.parquet")
+    assert "'split' twice" in message_of(read_examples, tmp_path / f"train{suffix}")
+
+
+TEXT_TYPES = {
+    "text": pa.string(), "large": pa.large_string(), "view": pa.string_view(), "bytes": pa.binary(),
+    "categories": pa.dictionary(pa.int32(), pa.string()), "ordered categories": pa.dictionary(pa.int8(), pa.string(), ordered=True),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES)
+def test_every_type_of_text_is_the_same_text(tmp_path, kind):
+    products = make_products().replace("", None)
+    table = pa.Table.from_pandas(products, preserve_index=False)
+    columns = [column.dictionary_encode().cast(TEXT_TYPES[kind]) if "categories" in kind else column.cast(TEXT_TYPES[kind]) for column in table.columns]
+    pq.write_table(pa.table(columns, table.column_names), tmp_path / "products.parquet")
+    pd.testing.assert_frame_equal(read_products(tmp_path / "products.parquet"), make_products().astype("str"))
+
+
+NULLS = {"object": pd.Series(["a", None, float("nan"), pd.NA], dtype=object), "python": pd.Series(["a", None, None, None], dtype="string[python]"),
+         "arrow": pd.Series(["a", None, None, None], dtype="string[pyarrow]"), "ArrowDtype": pd.Series(["a", None, None, None], dtype=pd.ArrowDtype(pa.string())),
+         "categorical": pd.Series(pd.Categorical(["a", None, None, None], ordered=True)), "all": pd.Series([None] * 4), "nan": pd.Series([float("nan")] * 4),
+         "null category": pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([pa.DictionaryArray.from_arrays([0, 1, None, 1], ["a", None])])))}
+
+
+@pytest.mark.parametrize("kind", NULLS)
+def test_a_null_is_a_null(kind):
+    text = as_text(NULLS[kind], "here")
+    assert text.tolist() == ["" if kind in ("all", "nan") else "a", "", "", ""] and text.dtype == pd.Series(["a"]).astype("str").dtype
+
+
+@pytest.mark.parametrize("values", [[["a"], ["b"]], [1, 2], pd.Categorical([1, 2]), [Decimal("1.5"), None], ["a", 1], [True, None], [{"a": 1}],
+                                    [pd.Timestamp(0)], [b"\xe9"], ["\ud800"]], ids=str)
+def test_what_is_no_text_is_refused(values):
+    assert "column product_title" in message_of(as_text, pd.Series(values, name="product_title", dtype=None if isinstance(values, pd.Categorical) else object), "here")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("column", ["product_id", "product_title", "product_description"])
+def test_text_that_is_not_utf8_names_file_column_and_row(tmp_path, kind, column):
+    products = make_products()
+    values = pa.array([value.encode() for value in products[column]][:3] + ["café".encode("latin-1")] + [b"x"])
+    offsets, data = values.buffers()[1:]
+    broken = pa.Array.from_buffers(pa.string(), 5, [None, offsets, data])
+    broken = pa.DictionaryArray.from_arrays(pa.array(range(5), pa.int32()), broken) if pa.types.is_dictionary(kind) else broken.cast(kind)
+    table = pa.Table.from_pandas(products, preserve_index=False)
+    pq.write_table(table.set_column(table.column_names.index(column), column, broken), tmp_path / "products.parquet")
+    message = message_of(read_products, tmp_path / "products.parquet")
+    assert str(tmp_path / "products.parquet") in message and f"column {column}, is not UTF-8" in message and "data row 4" in message
+
+
+IDS = {"19 digits": 10**18 + np.arange(7), "negative": -np.arange(1, 8), "limits": [2**63 - 1, -2**63, 0, 1, 2, 3, 4], "unsigned": np.arange(7, dtype="uint64"),
+       "floats": np.arange(7.0), "texts": [f" {number}" for number in range(2**62, 2**62 + 7)], "decimals": [Decimal(10**18 + number) for number in range(7)]}
+BAD_IDS = {"unsigned": np.arange(2**63, 2**63 + 7, dtype="uint64"), "rounded floats": 2.0**53 + np.arange(1, 8) * 2, "small floats": np.float32(2**24) + np.arange(1, 8, dtype="float32") * 4,
+           "zeros": ["007", "7", "8", "9", "10", "11", "12"], "plus": [f"+{number}" for number in range(7)], "booleans": [True, False, True, True, True, True, True],
+           "too large": [str(2**63)] * 7, "many digits": ["9" * 5000] * 7, "a hole": [1, 2, 3, 4, 5, 6, None], "words": list("abcdefg"), "-0": ["-0"] * 7,
+           "other digits": ["٣"] * 7, "underscores": ["1_0"] * 7, "infinite": [np.inf] * 7}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_pass_loader_writer_and_checker(tmp_path, kind):
+    examples = make_examples().assign(example_id=IDS[kind], query_id=IDS[kind], query=list("abcdefg"))
+    esci = load(write_released(tmp_path / "x", examples=examples))
+    expected = [int(value) for value in IDS[kind]]
+    assert esci.examples["query_id"].tolist() == esci.examples["example_id"].tolist() == expected
+    path = write_ranked(esci.examples[["product_id", "query_id"]], tmp_path / "submission.csv")
+    assert check_submission(path, esci.examples)["queries"] == 7
+
+
+@pytest.mark.parametrize("kind", BAD_IDS)
+@pytest.mark.parametrize("column", ["query_id", "example_id"])
+def test_ids_that_cannot_be_exact_are_refused(tmp_path, kind, column):
+    examples = make_examples().assign(**{column: BAD_IDS[kind]})
+    assert f"column {column}, is no whole number" in message_of(load, write_released(tmp_path / "x", examples=examples))
+
+
+@pytest.mark.parametrize("product", ["007", "a,b", 'a"b', "a\nb", "a\rb", " 7", "NA", "=1+1", "#x", "\ufeffx"], ids=repr)
+def test_product_ids_pass_loader_writer_and_checker(tmp_path, product):
+    products, examples = (table.replace({"product_id": {"0003": product}}) for table in (make_products(), make_examples()))
+    esci = load(write_released(tmp_path / "x", examples, products))
+    assert product in esci.examples["product_id"].tolist()
+    path = write_ranked(esci.examples[["product_id", "query_id"]], tmp_path / "submission.csv")
+    assert check_submission(path, esci.examples)["rows"] == 7
+
+
+def test_a_nul_is_no_part_of_a_key_and_a_space_in_a_text():
+    column = pd.Series(["a\0b", "a\0c", "a"], name="product_id")
+    assert "NUL character in 2 rows" in message_of(as_text, column, "here", True)
+    assert as_text(column, "here").tolist() == ["a b", "a c", "a"]
+
+
+def test_numbers_of_new_queries_never_run_over(tmp_path):
+    write_competition(tmp_path, ".csv")
+    path = tmp_path / "task_1/train-v0.3.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.assign(query_id=(2**63 - 1 - pd.factorize(table["query"])[0]).astype(str)).to_csv(path, index=False)
+    for other in set(tmp_path.rglob("t*.csv")) - {path}:
+        pd.read_csv(other, dtype=str, keep_default_na=False).drop(columns="query_id").to_csv(other, index=False)
+    examples = load(tmp_path).examples
+    assert examples["query_id"].max() == 2**63 - 1 and not examples.drop_duplicates(["query", "product_locale"])["query_id"].duplicated().any()
+
+
+def test_a_zip_that_unpacks_to_more_than_a_table_can_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "products.csv.zip", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("products.csv", "w") as member:
+        for _ in range(300):
+            member.write(b"\0" * 2**20)
+    assert "times its size" in message_of(read_products, tmp_path / "products.csv.zip")
+
+
+def test_a_parquet_file_of_absurdly_many_rows_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(read.psutil, "virtual_memory", lambda: namedtuple("memory", "available")(10_000))
+    make_products().to_parquet(tmp_path / "products.parquet")
+    read_products(tmp_path / "products.parquet")
+    pd.concat([make_products()] * 100).to_parquet(tmp_path / "many.parquet")
+    assert "memory free" in message_of(read_products, tmp_path / "many.parquet")
 
 
 def test_folders_that_hold_no_data(tmp_path, folder):
@@ -571,6 +708,27 @@ def test_download_of_something_else_is_removed(tmp_path, server, size, sha256):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("part", [b"<html>error</html>", CONTENTS[:50_000][::-1], CONTENTS[::-1]], ids=["page", "other bytes", "all other bytes"])
+def test_a_part_that_is_no_part_of_the_file_is_thrown_away(tmp_path, server, part):
+    (tmp_path / "some.bin.part").write_bytes(part)
+    assert download(tmp_path, server.address, [RIGHT])[0].read_bytes() == CONTENTS
+    assert server.asked[-1] is None and [path.name for path in tmp_path.iterdir()] == ["some.bin"]
+
+
+def test_an_error_page_is_not_written_and_a_good_part_stays(tmp_path, server):
+    good = CONTENTS[:50_000]
+    (tmp_path / "some.bin.part").write_bytes(good)
+    bigger = RemoteFile("some.bin", len(CONTENTS) + 5, RIGHT.sha256)
+    assert "not the expected file" in message_of(download, tmp_path, server.address, [bigger])
+    assert (tmp_path / "some.bin.part").read_bytes() == good
+
+
+def test_two_downloads_at_once_fetch_once(tmp_path, server):
+    with ThreadPoolExecutor(4) as pool:
+        assert all(paths[0].read_bytes() == CONTENTS for paths in pool.map(lambda _: download(tmp_path, server.address, [RIGHT]), range(4)))
+    assert server.asked == [None]
+
+
 def test_download_refused_or_unreachable(tmp_path, server):
     server.status = 404
     assert "/data/some.bin answered 404" in message_of(download, tmp_path, server.address, [RIGHT])
@@ -593,3 +751,19 @@ def test_official_files_are_the_published_ones():
     sizes = {file.name: file.size for file in FILES}
     assert sizes == {EXAMPLES_FILE: 51_286_808, PRODUCTS_FILE: 1_108_857_465}
     assert all(len(file.sha256) == 64 for file in FILES)
+
+
+def test_gaps_are_said_and_empty_folds_refused(capsys, tmp_path):
+    from esci_nb.cli import main
+    cases = {"nothing can be trained": make_examples().assign(split="test"), "1 train query text cannot fill 3 folds": make_examples().iloc[[0, 1, 2, 5, 6]],
+             "have the label E": make_examples().assign(esci_label="E"), "perhaps placeholders": make_examples().assign(esci_label=list("ESCEEII")),
+             "No train row is in a ranked list": make_examples().assign(small_version=0)}
+    for number, (said, examples) in enumerate(cases.items()):
+        folder = write_released(tmp_path / str(number), examples)
+        assert main(["check", str(folder)]) == 0
+        assert said in capsys.readouterr().out
+    rows = make_folds(merge_tasks(cases["1 train query text cannot fill 3 folds"]))
+    for fold in (0, 1, 2):
+        assert f"Fold {fold} has no rows to train on" in message_of(check_folds, rows, [fold])
+    check_folds(rows, [-1])
+    assert "no train rows" in message_of(check_folds, make_folds(merge_tasks(cases["nothing can be trained"])), [-1])

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from esci_nb.contract import InputError
 NBS = ROOT / "nbs"
 OWN = {"poly", "nbs/333_strategy.poly.ipynb", "esci_nb/strategy/poly.py"}  # what the guide to a strategy of one's own makes
 TEXTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((NBS / "guides").glob("*.md"))]
-needs_sphinx = pytest.mark.skipif(not (find_spec("sphinx") and find_spec("myst_nb") and find_spec("furo")),
+needs_sphinx = pytest.mark.skipif(not (find_spec("sphinx") and find_spec("myst_nb") and find_spec("furo") and find_spec("sphinx_copybutton")),
                                   reason="the extra docs is not installed: make check-docs runs this")
 
 
@@ -56,6 +57,9 @@ def test_reference_shows_every_field_and_command(sources):
     for kind in (Recipe, Rounds, Run):
         part = text.partition(f"#### Fields of {kind.__name__}\n")[2].partition("\n#")[0]
         assert all(f"| `{name}` | {field.description}" in part for name, field in kind.model_fields.items()), kind.__name__
+    recipes = "".join("".join(cell["source"]) for cell in json.loads((sources / "050_recipe.ipynb").read_text())["cells"])
+    shown = recipes.partition("::::{py:class} Recipe\n")[2].partition("\n::::")[0]
+    assert all(f"| `{name}` | {field.description}" in shown for name, field in Recipe.model_fields.items()), "in its chapter, too"
     assert "### esci-nb grid\n" in text and "## Ranking\n" in text and "`from esci_nb.rank.methods import ...`" in text
 
 
@@ -78,6 +82,42 @@ def test_every_public_name_is_a_target_once(sources):
                 assert targets[kind, node.name, module] == 1, f"{module}.{node.name}"
 
 
+def test_every_parameter_of_the_front_is_explained_and_names_are_used():
+    "The page of names explains what functions take, and holds no name that none takes."
+    from esci_nb.reference import explained, read_meanings
+    pages = [page for group in docs.nbs_pages(NBS).values() for page in group if re.match(r"\d", page)]
+    names = (NBS / "guides" / "names.md").read_text()
+    targets = docs.Targets.of({page: docs.read_notebook(NBS / f"{page}.ipynb") for page in pages} | {"guides/names": names})
+    listed, used, missing, all_of_them = read_meanings(names), set(), [], 0
+    for symbol, given in ((one, parameter) for one in targets.symbols for parameter in one.parameters):
+        meaning = explained(given, targets.meanings, targets.classes).meaning
+        missing += [f"{symbol.target}: {given.name}"] * (not meaning)
+        all_of_them += 1
+        used |= {key for key in (f"{given.name}: {given.kind}", given.name) if not given.meaning and listed.get(key) == meaning}
+    assert len(listed) > 200 and not set(listed) - used, f"no function takes these any more: {sorted(set(listed) - used)}"
+    front = re.compile(r"esci_nb\.(contract|metrics|settings|recipe|strategy|rank|ship|run)\b")
+    unexplained = [name for name in missing if front.match(name)]
+    assert not unexplained, f"{unexplained}: say it in the docstring, or in nbs/guides/names.md where others take it too"
+    assert len(missing) < 0.06 * all_of_them, f"{len(missing)} of {all_of_them}: {missing[:5]}"
+
+
+def test_changelog_begins_with_this_version():
+    text = (NBS / "guides" / "changelog.md").read_text()
+    assert re.findall(r"^## (\S+)", text, re.M)[0] == docs.Project.read(ROOT).version, "the changelog needs a part about the version of settings.ini"
+
+
+def test_help_says_what_there_is(capsys):
+    from esci_nb.recipe import RECIPES
+    for words, expected in (([], ["demo", "--version"]), (["--version"], [f"esci-nb {docs.Project.read(ROOT).version}"]), (["grid", "--help"], list(RECIPES)),
+                            (["run", "--help"], [path.stem for path in (NBS / "pipeline").glob("*.ipynb")])):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        shown = capsys.readouterr().out
+        assert stopped.value.code == 0 and all(word in shown for word in expected), words
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert set(re.findall(r"^([a-z-]+) ", listed, re.M)) == set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
 def commands(text: str) -> list[list[str]]:
     "The words of each command in the sh blocks of a Markdown text, comments cut off."
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
@@ -90,7 +130,7 @@ def test_commands_exist(path, capsys):
     from esci_nb.cli import parse_values
     from esci_nb.recipe import RECIPES, make_recipe
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
-    known = {"pip", "nbdev_export", "nbdev_clean", "ruff", "python", "papermill", "git", "cd", "unzip", "torchrun", "export"}
+    known = {"pip", "nbdev_export", "nbdev_clean", "ruff", "python", "papermill", "git", "cd", "unzip", "torchrun", "export", "ray", "kaggle"}
     for words in commands(path.read_text()):
         words = [word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)]
         name = Path(words[0]).name if words else ""
@@ -161,8 +201,9 @@ def small_checkout(tmp_path_factory) -> Path:
     nbs = tmp_path_factory.mktemp("small") / "nbs"
     nbs.mkdir()
     (nbs / "sidebar.yml").write_text('Chapters: "0*.ipynb"\n')
-    for name in ("styles.css", "icon.svg"):
-        shutil.copy(NBS / name, nbs)
+    for path in (NBS / "styles.css", NBS / "icon.svg"):
+        shutil.copy(path, nbs)
+    shutil.copy(ROOT / "settings.ini", nbs.parent)
     return nbs.parent
 
 
@@ -182,6 +223,14 @@ def test_build_is_strict(small_checkout, tmp_path):
     assert pages >= 4 and links > 20 and (tmp_path / "site" / "010_data.tiny.html").is_file()
     mathjax = (tmp_path / "site" / "_static" / "mathjax.js").read_bytes()
     assert hashlib.sha256(mathjax).hexdigest() == docs.MATHJAX_SHA256
+    project, text = docs.Project.read(ROOT), (tmp_path / "site" / "010_data.tiny.html").read_text()
+    source = f"{project.branch}/nbs/010_data.tiny.ipynb"
+    for expected in (f'rel="canonical" href="{project.address}/010_data.tiny.html"', '<meta name="description" content="A chapter."', f"{project.forge}/blob/{source}",
+                     f"{project.forge}/edit/{source}", f"kaggle.com/kernels/welcome?src={project.forge}/blob/{source}", f"esci_nb {project.version}"):
+        assert expected in text, expected
+    assert "/nbs/reference" not in (tmp_path / "site" / "reference.html").read_text(), "a made page has no source to edit"
+    listed = re.findall(r"<loc>(.*)</loc>", (tmp_path / "site" / "sitemap.xml").read_text())
+    assert f"{project.address}/010_data.tiny.html" in listed and all((tmp_path / "site" / url.removeprefix(project.address)[1:]).is_file() for url in listed)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")}
     for text, warning in (("### Too deep", "Non-consecutive header level"), ("[x](none.ipynb)", "none.ipynb"), ("<a href='none.html'>x</a>", "none.html"),
                        ("<img src='https://example.org/x.png'>", "example.org")):
@@ -197,3 +246,32 @@ def test_tutorial_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the tutorial goes elsewhere
     passed, _ = test_nb(NBS / "guides" / "tutorial.ipynb", basepath=NBS)
     assert passed
+
+
+def test_code_on_pages_is_the_code_of_the_chapters_and_fits(sources):
+    "What is shown says the same as the notebook, and only strings and unbroken words are wider than a page."
+    from esci_nb.reference import WIDTH
+
+    def same(source: str) -> str:
+        tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = " ".join(node.value.split())
+        return ast.dump(tree)
+
+    lines = wide = 0
+    for path in sorted(NBS.glob("[0-9]*.ipynb"))[::6]:
+        before = [docs.split_directives("".join(cell["source"])) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        before = [source for directives, source in before if not directives.keys() & {"hide", "default_exp", "exec_doc"} and source.strip()]
+        after = [cell["source"] for cell in json.loads((sources / path.name).read_text())["cells"] if cell["cell_type"] == "code"]
+        assert [same(source) for source in after] == [same(source) for source in before], path.name
+        shown = "\n".join(after).splitlines()
+        lines, wide = lines + len(shown), wide + sum(len(line) > WIDTH and "\"" not in line and "'" not in line for line in shown)
+    assert lines > 1000 and wide < 0.003 * lines, f"{wide} of {lines} lines are too wide"
+
+
+def test_every_function_shows_its_parameters(sources):
+    text = "".join("".join(cell["source"]) for cell in json.loads((sources / "640_ship.ranker.ipynb").read_text())["cells"])
+    part = text.partition("::::{py:function} rank_files")[2].partition("::::\n")[0].partition("\n::::")[0]
+    assert "| parameter | type | default | meaning |" in part
+    assert "| `most` | `int` | `20000` | about how many pairs are worked on at a time |" in part and "| `to` | `str \\| Path` |" in part

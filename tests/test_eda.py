@@ -1,4 +1,6 @@
 """Exploring: the same answers from every kind of source, planted findings found, bad sources refused, figures that everybody can read."""
+import base64
+import gzip
 import json
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ matplotlib.use("agg")
 from conftest import ROOT, written
 from esci_nb import style
 from esci_nb.contract import EXAMPLES_FILE, LABELS, LOCALES, PRODUCTS_FILE, PROB_COLUMNS, InputError
-from esci_nb.look import error_analysis, explore, labels, repeats, texts
+from esci_nb.look import error_analysis, explore, labels, product_map, query_list, repeats, texts, words
 from esci_nb.look.tables import SOURCES_FILE, Catalogue, EdaData, label_names, open_eda
 from esci_nb.run.stages import run_by_name
 
@@ -260,6 +262,44 @@ def test_mean_over_runs_and_ranks(prepared):
     assert (label[turned["upper"]] == LABELS[-1]).all() and (label[turned["lower"]] == LABELS[0]).all() and turned["gap"].is_monotonic_decreasing
 
 
+def test_table_of_queries(prepared, copied):
+    folder, runs = prepared
+    data = open_eda(folder)
+    predictions = explore.predictions_of_runs(data, runs)
+    table = query_list.query_list(data, predictions, query_list.disagreement_of_runs(data, runs))
+    assert table["ndcg"].is_monotonic_increasing and (table["disagreement"] > 0).all() and np.allclose(table[list(LABELS)].sum(axis=1), 1)
+    assert table["depth"].sum() == data.rows["ranked"].sum() and table["random"].between(0, 1).all()
+
+    rewrite(copied / PRODUCTS_FILE, lambda products: products.assign(product_title="<script>alert(1)</script>"))
+    data = open_eda(copied)
+    lists = query_list.query_list(data)
+    pages = json.loads(gzip.decompress(base64.b64decode(query_list.packed_cards(data, lists.index[:3]))))
+    assert list(pages) == lists["query_id"].head(3).astype(str).tolist() and all("<script" not in page and "&lt;script" in page for page in pages.values())
+    assert "ndcg" not in lists and "disagreement" not in lists
+
+
+def test_a_query_can_be_typed_by_its_id(data):
+    explorer = explore.Explorer(data)
+    explorer.words.value = str(data.queries["query_id"].iloc[5])
+    assert explorer.queries.tolist() == [5] and f"query {data.queries['query_id'].iloc[5]} ·" in explorer.cards.value
+
+
+def test_planted_word_tells_its_label(copied):
+    judged = pd.read_parquet(copied / EXAMPLES_FILE)
+    chosen = judged.loc[(judged["esci_label"] == LABELS[2]) & (judged["product_locale"] == LOCALES[0]), "product_id"]
+    rewrite(copied / PRODUCTS_FILE, lambda table: table.assign(
+        product_title=table["product_title"] + np.where(table["product_id"].isin(chosen) & (table["product_locale"] == LOCALES[0]), " spareparts", "")))
+    table = words.telling_words(open_eda(copied))
+    first = table[(table["locale"] == LOCALES[0]) & (table["label"] == LABELS[2])].iloc[0]
+    assert first["words"].endswith("spareparts") and first["share"] > 0.9
+    assert not table.loc[table["label"] == LABELS[0], "words"].str.contains("spareparts").any()
+
+
+def test_map_of_too_few_products(copied, capsys):
+    rewrite(copied / EXAMPLES_FILE, lambda table: table.head(5))
+    assert product_map.plot_map(product_map.product_map(open_eda(copied))) is None and "too few" in capsys.readouterr().out
+
+
 def test_explorer_follows_its_widgets(data):
     explorer = explore.Explorer(data)
     pictures = {explorer.picture.value}
@@ -287,8 +327,12 @@ def test_eda_runs_top_to_bottom(tiny_files, prepared, outputs):
     assert run_by_name("eda", parameters) == page and written(outputs) == before
     html = page.read_text()
     assert html.count("<img") >= 15 and "model rank" in html and "Traceback" not in html and "jupyter-widgets" not in html
+    assert 'href="#Labels,-locales,-lists"' in html and "The answers stand here" not in html, "the list of answers is filled"
+    assert "DecompressionStream" in html and 'src="https://' not in html and len(html) < 10e6, "the table needs no network, and the page is no burden"
     assert (page.parent / "DONE").is_file() and (page.parent / "winners.parquet").is_file()
     cells = json.loads((page.parent / "notebook.ipynb").read_text())["cells"]
+    pictures = [out["metadata"] for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert pictures and all("width" in picture.get("image/png", {}) for picture in pictures), "every figure is drawn at twice its size"
     stderr = "".join(line for cell in cells for out in cell.get("outputs", []) if out.get("name") == "stderr" for line in out["text"])
     assert "Warning" not in stderr, stderr
 

@@ -1,4 +1,4 @@
-"""In JupyterLab, in a real browser: the EDA notebook opens and runs, a widget is moved, and the picture changes."""
+"""In JupyterLab, in a real browser: the EDA notebook opens and runs, a widget is moved, a table is sorted, a row clicked, and what is shown changes."""
 import contextlib
 import os
 import re
@@ -72,7 +72,8 @@ def run_cell(page, text: str):
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
     sync_api.expect(cell.locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=WAIT_MS)
-    assert cell.locator("[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']").count() == 0
+    wrong = cell.locator("[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']")
+    assert not wrong.count(), wrong.all_inner_texts()
     return cell
 
 
@@ -93,7 +94,8 @@ def wait_for_another(image, before: bytes) -> None:
 
 def test_widgets_move_the_pictures(page):
     run_cell(page, "source: str =")
-    run_cell(page, "data = open_eda(source)")
+    for text in ("from esci_nb.look", "takeaways = Takeaways()", "data = open_eda(source)"):
+        run_cell(page, text)
     run_cell(page, "lengths = texts.token_lengths")
     slider = run_cell(page, "slider = LengthSlider(lengths)")
     image = slider.locator("img.widget-image")
@@ -115,3 +117,36 @@ def test_widgets_move_the_pictures(page):
     page.keyboard.press("ArrowRight")
     sync_api.expect(cards).to_contain_text("2 of")
     assert cards.inner_text() != first
+
+
+def test_table_is_sorted_and_its_rows_show_cards(page):
+    for text in ("source: str =", "from esci_nb.look", "takeaways = Takeaways()", "data = open_eda(source)"):
+        run_cell(page, text)
+    run_cell(page, "labels.plot_labels(data)")
+    sync_api.expect(page.locator(".jp-CodeCell", has_text="takeaways = Takeaways()").first).to_contain_text("is the most frequent label")
+
+    cell = run_cell(page, "lists = query_list(")
+    rows, cards = cell.locator("tbody tr:visible"), cell.locator(".cards")
+    cell.locator("table.dataTable").first.wait_for()
+
+    def column(name: str) -> list[str]:
+        "What stands in a column of the table."
+        heads = [head.split("\n")[0].strip() for head in cell.locator("thead th:visible").all_inner_texts()]
+        return [row.locator("td").nth(heads.index(name)).inner_text() for row in rows.all()]
+
+    head = cell.locator("thead th:visible", has_text="depth").first
+    for down in (False, True):
+        head.click()
+        page.wait_for_timeout(300)
+        depths = list(map(int, column("depth")))
+        assert depths == sorted(depths, reverse=down) and len(depths) > 1
+    rows.nth(1).click()
+    sync_api.expect(cards).to_contain_text(f"query {column('query_id')[1]} ·")
+
+    wanted = column("query_id")[-1]
+    cell.locator("input[type=search]").press_sequentially(wanted)
+    sync_api.expect(cards).to_contain_text(f"query {wanted} ·")
+    cell.locator("input[type=search]").fill("jp")
+    page.wait_for_timeout(600)
+    assert set(column("locale")) == {"jp"}, "typing filters"
+    sync_api.expect(cards).to_contain_text(f"query {column('query_id')[0]} ·")

@@ -4,28 +4,35 @@ What a family names differently (layers, embeddings, norms, dropouts, tokens, se
 """
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from esci_nb.contract import LABELS, LOCALE_RECORDS, InputError
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks
 from esci_nb.hub import load_tokenizer, quiet
+from esci_nb.identity import backbone_id
 from esci_nb.model.backbones import BACKBONES, attention_kinds, load_backbone, parameter_count, position_limit, uses_segments
-from esci_nb.model.cross_encoder import CrossEncoder, layer_weights, load_model, pool, save_model
+from esci_nb.model.cross_encoder import CrossEncoder, from_reranker, layer_weights, load_model, pool, save_model
 from esci_nb.model.encode import EncodedPairs, PairFrame
-from esci_nb.model.engines import CpuEngine
+from esci_nb.model.engines import CpuEngine, Engine, predictor
 from esci_nb.model.layer_rates import find_layers, parameter_groups, rate_table
+from esci_nb.model.lora import add_lora, merge_lora
 from esci_nb.model.losses import soft_cross_entropy
-from esci_nb.recipe import POOLINGS, WINNER_QUARTERS, make_recipe
+from esci_nb.model.packed import PACKABLE
+from esci_nb.model.rerankers import is_reranker, load_reranker
+from esci_nb.recipe import OWN, POOLINGS, WINNER_QUARTERS, make_recipe, make_run
 from esci_nb.strategy.adversarial import AWP, FGM
-from esci_nb.strategy.base import Forward
+from esci_nb.strategy.base import Forward, TrainingRows
 from esci_nb.strategy.multi_sample import MultiSampleDropout
-from esci_nb.train.fit import predict
+from esci_nb.train import fit as fit_module
+from esci_nb.train.batches import Ahead, TrainPairs
+from esci_nb.train.fit import fit, predict
 
 FIELDS = ("product_title", "product_brand")
 MAX_LENGTH = 24
@@ -64,6 +71,8 @@ FAMILIES = {
                          ("embeddings.tok_embeddings.weight", "embeddings.norm.weight"), ("final_norm.weight",)),
     "eurobert": Family({"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "mask_token_id": 1}, BERT,
                        "[CLS] $A [SEP] $B [SEP]", False, None, ("embed_tokens.weight",), ("norm.weight",)),
+    "qwen3": Family({"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "num_key_value_heads": 1, "head_dim": 8}, BERT,
+                    "[CLS] $A [SEP] $B [SEP]", False, None, ("embed_tokens.weight",), ("norm.weight",)),
 }
 SIZES = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24,
          "max_position_embeddings": 32}
@@ -225,7 +234,7 @@ def test_parts_side_by_side_train_as_one_batch(case, two_threads):
     engine, recipe = CpuEngine(torch.device("cpu")), make_recipe("baseline")
     engine.prepare(CrossEncoder(load_backbone(str(folder))), "fp32", training=True, batch_tokens=recipe.batch_rows * recipe.max_length)
     parts = engine.parts
-    assert parts == engine.copies() == (1 if name in ("rembert", "deberta-v2") else 2)
+    assert parts == engine.copies() == (1 if name in ("rembert", "deberta-v2", "qwen3") else 2)
     first = step_in_parts(folder, batch, parts, 0.3)
     for _ in range(5):  # dropout follows the seed, not the thread that is first
         assert all(torch.equal(gradient, first[key]) for key, gradient in step_in_parts(folder, batch, parts, 0.3).items())
@@ -387,6 +396,101 @@ def test_attention_that_is_promised_works(case):
     np.testing.assert_allclose(results[0], results[-1], atol=1e-5)
 
 
+def as_reranker(case, folder, kind=AutoModelForSequenceClassification):
+    "A tiny random reranker of a family in `folder`, and the tokenizer beside it."
+    name, family, backbone, pairs = case
+    tokenizer = load_tokenizer(str(backbone))
+    torch.manual_seed(3)
+    with quiet():
+        config = AutoConfig.for_model(name, **family.config | SIZES | {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 0.3})
+        model = kind.from_config(config).eval()
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_reranker_keeps_its_score(case, tmp_path):
+    name, family, folder, pairs = case
+    batch = batch_of(pairs)
+    theirs = as_reranker(case, tmp_path)
+    reranker = load_reranker(str(tmp_path))
+    with torch.no_grad():
+        expected = theirs(**batch).logits.squeeze(-1)
+        torch.testing.assert_close(reranker.scores(**batch), expected, atol=1e-5, rtol=1e-4)
+        model = from_reranker(reranker).eval()
+        log_ratio = model(**batch).log_softmax(-1)
+        torch.testing.assert_close(log_ratio[:, 0] - log_ratio[:, -1], expected, atol=1e-5, rtol=1e-4)
+    target = torch.eye(len(LABELS))[torch.arange(len(pairs)) % len(LABELS)]
+    assert np.isfinite([train_step(model, batch, target) for _ in range(3)]).all()
+    with quiet():
+        save_model(model.eval(), tmp_path / "saved", load_tokenizer(str(tmp_path)))
+    positions = np.arange(len(pairs))
+    np.testing.assert_array_equal(predict(load_model(tmp_path / "saved"), pairs, positions, "fp32"), predict(model, pairs, positions, "fp32"))
+
+
+def test_low_rank_training(case):
+    name, family, folder, pairs = case
+    torch.manual_seed(0)
+    model = CrossEncoder(load_backbone(str(folder)), dropout=0.0)
+    batch, target = batch_of(pairs), torch.arange(len(pairs)) % len(LABELS)
+    names, before = set(model.state_dict()), model(**batch).detach()
+    add_lora(model.backbone, 2)
+    torch.testing.assert_close(model(**batch), before)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 1e-2, 0.0))
+    losses = []
+    for _ in range(4):
+        loss = torch.nn.functional.cross_entropy(model(**batch), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    trained = model(**batch).detach()
+    merge_lora(model.backbone)
+    assert losses[-1] < losses[0] and set(model.state_dict()) == names
+    torch.testing.assert_close(model(**batch), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_a_language_model_is_asked(data, tmp_path):
+    family = FAMILIES["qwen3"]
+    tokenizer = tiny_tokenizer(family, [*data[0]["query"], "yes no", "judge query document"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    with quiet():
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **family.config | SIZES | {
+            "vocab_size": len(tokenizer), "max_position_embeddings": 256, "initializer_range": 0.3})).eval()
+        theirs.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert PairFrame.of(tokenizer).special > 20
+    batch = tokenizer(data[0]["query"].tolist(), data[0]["query"].tolist()[::-1], padding=True, padding_side="right", return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    with torch.no_grad():
+        logits = theirs(**batch).logits[torch.arange(len(data[0])), batch["attention_mask"].sum(1) - 1]
+        torch.testing.assert_close(load_reranker(str(tmp_path)).scores(**batch), logits[:, yes] - logits[:, no], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["modernbert"], indirect=True)  # as the Ettin rerankers
+def test_modules_of_sentence_transformers(case, tmp_path):
+    name, family, folder, pairs = case
+    modules, chain = pytest.importorskip("sentence_transformers.sentence_transformer.modules"), pytest.importorskip("sentence_transformers")
+    torch.manual_seed(0)
+    end = dict(module_input_name="sentence_embedding")
+    theirs = chain.CrossEncoder(modules=[
+        modules.Transformer(str(folder)), modules.Pooling(16, pooling_mode="mean"), modules.Dense(16, 16, bias=False, activation_function=torch.nn.GELU(), **end),
+        modules.LayerNorm(16), modules.Dense(16, 1, activation_function=torch.nn.Identity(), module_output_name="scores", **end)])
+    theirs.save_pretrained(str(tmp_path / "chain"))
+    assert is_reranker(str(tmp_path / "chain")) and not is_reranker(str(folder))
+    texts = [("red lamp", "blue lamp"), ("lamp", "a red lamp for kids"), ("kids", "lamp")]
+    expected = theirs.predict(texts, activation_fn=torch.nn.Identity())
+    batch = load_tokenizer(str(tmp_path / "chain"))(*zip(*texts), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(load_reranker(str(tmp_path / "chain")).scores(**batch), expected, atol=1e-5)
+    before = backbone_id(str(tmp_path / "chain"))
+    (tmp_path / "chain" / "2_Dense" / "model.safetensors").write_bytes(b"other")
+    assert backbone_id(str(tmp_path / "chain")) != before
+
+
 def test_facts_are_consistent():
     for name, facts in BACKBONES.items():
         config = facts.config()
@@ -404,3 +508,124 @@ def test_one_layer_is_pooled_by_name_only():
         CrossEncoder(AutoModel.from_config(AutoConfig.for_model("bert", **SIZES | {"vocab_size": 10})), pool_layers=0)
     with pytest.raises(InputError):
         make_recipe(dropout_branches=0)
+
+
+class Exact(Engine):
+    "The engine of a GPU on a CPU, in float64."
+
+    def prepare(self, model, *args, **kwargs):
+        return super().prepare(model, *args, **kwargs).double()
+
+
+# each strategy at least once, and what changes the way through a model
+TRAININGS = {"bert": dict(pooling="weighted", dropout_branches=3, adversary="awp", awp_below=1e3, ema=0.5, rdrop=1.0),
+             "xlm-roberta": dict(adversary="fgm", lambda_rank=1.0, gain_mse=1.0, label_smoothing=0.1),
+             "modernbert": dict(gradient_checkpointing=True, pooling="weighted", lr_quarters=WINNER_QUARTERS),
+             "eurobert": dict(lora_rank=2, pooling="cls", rdrop=1.0), "deberta-v2": dict(pooling="cls")}
+
+
+@pytest.mark.parametrize("case", TRAININGS, indirect=True)
+def test_a_packed_training_is_the_padded_one(case, tmp_path, monkeypatch):
+    "Through the trainer, in float64: losses, attacks, weights, predictions; batches made ahead beside batches that are not."
+    name, family, folder, pairs = case
+    rng, found = np.random.default_rng(0), {}
+    rows = TrainingRows(np.arange(len(pairs)), rng.dirichlet(np.ones(len(LABELS)), len(pairs)).astype("float32"), rng.uniform(0.5, 2, len(pairs)).astype("float32"))
+    run = make_run(backbone=str(folder), epochs=1, lr=1e-2, batch_rows=8, max_length=MAX_LENGTH, text_fields=FIELDS, precision="fp32", backbone_dropout=0.0,
+                   **TRAININGS[name])
+    for packed in (False, True):
+        monkeypatch.setattr(fit_module, "pick_engine", lambda packed=packed: Exact(torch.device("cpu"), packed))
+        monkeypatch.setattr(fit_module, "Ahead", lambda data, plan, *rest, packed=packed: Ahead(data, plan, 3 * packed))
+        found[packed] = fit(run, pairs, rows, tmp_path / str(packed))
+    padded, packed = found[False], found[True]
+    assert packed.facts == padded.facts | ({"packed": 1} if name in PACKABLE else {}) and type(packed.model) is CrossEncoder
+    losses = [[line["loss"] for line in one.history] for one in (padded, packed)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    for (what, one), other in zip(padded.model.state_dict().items(), packed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, msg=what)
+    one, other = (predict(some.model, pairs, rows.positions, "fp32") for some in (padded, packed))
+    np.testing.assert_allclose(other, one, atol=1e-5)
+    monkeypatch.setenv("ESCI_NB_PACKED", "1")
+    np.testing.assert_allclose(predict(padded.model, pairs, rows.positions, "fp32"), one, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["xlm-roberta"], indirect=True)
+def test_a_packed_batch_is_dealt(case):
+    "What two processes encode of a batch, each packed, is what one encodes."
+    name, family, folder, pairs = case
+    rows = TrainingRows(np.arange(len(pairs)), np.ones((len(pairs), len(LABELS)), np.float32), np.ones(len(pairs), np.float32))
+    model, engine, positions = CrossEncoder(load_backbone(str(folder)), "weighted").eval(), Engine(torch.device("cpu"), packed=True), np.array([5, 1, 17, 8, 2])
+    engine.prepare(model, "fp32", training=False)
+    vectors, places = [], None
+    for rank in (0, 1):
+        batch = TrainPairs(pairs, rows, rank, 2, engine.lay_out).__getitems__(positions)
+        places = batch["places"]
+        with torch.no_grad():
+            vectors.append(engine.vectors(model, {key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens", "max_length")}))
+    dealt = torch.stack([vectors[place % 2][place // 2] for place in places.tolist()])
+    with torch.no_grad():
+        whole = engine.vectors(model, engine.lay_out({key: values for key, values in pairs.__getitems__(positions).items() if key != "row"}))
+    torch.testing.assert_close(dealt, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
+def test_a_reranker_is_trained_in_rows(case, tmp_path, monkeypatch):
+    name, family, folder, pairs = case
+    as_reranker(case, tmp_path / "reranker")
+    rows = TrainingRows(np.arange(len(pairs)), np.eye(len(LABELS), dtype=np.float32)[np.arange(len(pairs)) % 4], np.ones(len(pairs), np.float32))
+    run = make_run(backbone=str(tmp_path / "reranker"), pooling=OWN, epochs=1, batch_rows=8, max_length=MAX_LENGTH, text_fields=FIELDS, precision="fp32",
+                   backbone_dropout=0.0)
+    losses = []
+    for wish in ("0", "1"):
+        monkeypatch.setenv("ESCI_NB_PACKED", wish)
+        fitted = fit(run, pairs, rows, tmp_path / wish)
+        assert fitted.facts == ({"packed": 1} if wish == "1" else {}) and (fitted.padding == 0) == (wish == "1")
+        losses.append([line["loss"] for line in fitted.history])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    monkeypatch.setenv("ESCI_NB_PACKED", "yes")
+    with pytest.raises(InputError, match="ESCI_NB_PACKED is 'yes'; give 0, 1 or nothing"):
+        predictor(fitted.model)
+
+
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_memory_that_runs_out_halves_the_batch(case, packed, tmp_path, monkeypatch, capsys):
+    "On a device where three pairs fit: the same losses and weights, in four pieces of two."
+    name, family, folder, pairs = case
+    monkeypatch.setattr(fit_module, "pick_engine", lambda: Exact(torch.device("cpu"), packed))
+    rows = TrainingRows(np.arange(len(pairs)), np.eye(len(LABELS), dtype=np.float32)[np.arange(len(pairs)) % 4], np.ones(len(pairs), np.float32))
+    run = make_run("awp", backbone=str(folder), epochs=1, batch_rows=8, max_length=MAX_LENGTH, text_fields=FIELDS, precision="fp32", backbone_dropout=0.0,
+                   awp_below=1e3, ema=0.5)
+    whole = fit(run, pairs, rows, tmp_path / "whole")
+    forward = load_backbone(str(folder)).__class__.forward
+
+    def narrow(self, *args, **inputs):
+        size = len(inputs["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in inputs else len(inputs["input_ids"])
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(load_backbone(str(folder)).__class__, "forward", narrow)
+    fitted = fit(run, pairs, rows, tmp_path / "narrow")
+    assert fitted.facts == whole.facts | {"pieces": 4} and "Memory ran out in step 1" in capsys.readouterr().out
+    np.testing.assert_allclose(*([line["loss"] for line in one.history] for one in (whole, fitted)), rtol=1e-6)
+    for one, other in zip(whole.model.state_dict().values(), fitted.model.state_dict().values()):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bits(case, kind, tmp_path, monkeypatch):
+    "With bitsandbytes a run learns nearly the same, over fp32 masters of bf16 weights; without it is refused before anything is written."
+    name, family, folder, pairs = case
+    rows = TrainingRows(np.arange(len(pairs)), np.eye(len(LABELS), dtype=np.float32)[np.arange(len(pairs)) % 4], np.ones(len(pairs), np.float32))
+    run = partial(make_run, backbone=str(folder), epochs=2, lr=1e-2, batch_rows=8, max_length=MAX_LENGTH, text_fields=FIELDS, precision="bf16")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match=rf'optimizer={kind} needs bitsandbytes; install it by pip install "esci_nb\[large\]"'):
+            fit(run(optimizer=kind), pairs, rows, tmp_path / "eight")
+        assert not (tmp_path / "eight").exists()
+        return
+    plain, eight = fit(run(), pairs, rows, tmp_path / "plain"), fit(run(optimizer=kind), pairs, rows, tmp_path / "eight")
+    np.testing.assert_allclose(*([line["loss"] for line in one.history] for one in (plain, eight)), rtol=0.05)
+    assert not torch.equal(plain.model.head.weight, eight.model.head.weight) and eight.model.head.weight.dtype == torch.float32

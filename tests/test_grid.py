@@ -22,10 +22,10 @@ from esci_nb.folders import open_data, read_run, save_data
 from esci_nb.identity import backbone_id
 from esci_nb.recipe import make_run
 from esci_nb.run import workers
-from esci_nb.run.costs import plan_costs, read_costs, wall_hours
+from esci_nb.run.costs import calibrate, plan_costs, read_costs, wall_hours
 from esci_nb.run.plan import Grid, change_grid, plan_runs, read_grid
 from esci_nb.run.stages import Job
-from esci_nb.run.workers import run_jobs, worker_slots
+from esci_nb.run.workers import OneMachine, run_jobs, worker_slots
 from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
 from esci_nb.strategy.pseudo import pseudo_predictions
 
@@ -68,7 +68,8 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
     assert main([*words, "--workers", "2"]) == 0
     answer = capsys.readouterr()
     assert "no ensemble www: no run reads es, jp" in answer.err
-    student = Path(answer.out.strip().split("\n")[-1])
+    assert answer.out.strip().split("\n")[-1].split()[0] == "www", "the last line is the row of the model"
+    student, = outputs.glob("runs/www-*")
     data = open_data(made.data, ["us"])
     run = read_run(student)
     assert run.name == "www" and run.recipe.locales == ("us",) and json.loads((student / "config.json").read_text())["covers"] == ["us"]
@@ -95,7 +96,7 @@ def test_winning_file_runs_small_on_us_rows_with_two_workers(made, tiny_files, c
     # everything is done, and the plan knows it
     assert main([*words, "--plan"]) == 0 and "6 jobs, 6 of them done" in capsys.readouterr().out
     before = written(outputs)
-    assert main(words) == 0 and capsys.readouterr().out.strip() == str(student) and written(outputs) == before
+    assert main(words) == 0 and capsys.readouterr().out.strip().split("\n")[-1].split()[0] == "www" and written(outputs) == before
     # labels of us rows are for us students
     with pytest.raises(InputError, match="soft labels for us and not for all locales"):
         read_soft_labels(soft_labels, open_data(made.data), 0)
@@ -108,7 +109,8 @@ def test_finished_runs_make_their_ensemble(made, tiny_files, tmp_path, capsys):
     (tmp_path / "grid.toml").write_text('[data]\nn_folds = 2\n[[backbone]]\nname = "small"\n[[ensemble]]\nname = "mean"\n')
     before = written(made.data.parents[1])
     assert main(["grid", str(tmp_path / "grid.toml"), str(tiny_files), "--outputs", str(made.data.parents[1]), "--set", *QUICK_WORDS]) == 0
-    assert capsys.readouterr().out.split() == [str(folder) for folder in (*made.runs, made.ensemble)]
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[-1] == str(made.ensemble) and lines[-2].split()[0] == "baseline" and len(lines) == 3
     assert before == written(made.data.parents[1])
 
 
@@ -189,7 +191,7 @@ class Toy:
     running, most, order = 0, 0, []
 
     def __init__(self, job, environment):
-        self.job, self.looks, self.failure = job, 0, None
+        self.job, self.looks, self.failure, self.is_over = job, 0, None, False
         Toy.running += 1
         Toy.most = max(Toy.most, Toy.running)
         Toy.order.append(job.folder.name)
@@ -199,7 +201,8 @@ class Toy:
         if self.looks == 3:
             Toy.running -= 1
             self.failure = RuntimeError("it broke") if self.job.folder.name == "bad" else None
-        return self.looks == 3
+        self.is_over = self.looks == 3
+        return self.is_over
 
     def stop(self):
         Toy.order.append(f"stop {self.job.folder.name}")
@@ -218,7 +221,7 @@ def test_jobs_wait_for_their_needs_and_failures_stay_alone(toys, tmp_path):
     jobs = toys(a="", bad="", b="a", c="bad b", d="c", e="")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "DONE").touch()
-    failed = run_jobs(jobs, [{"OMP_NUM_THREADS": "1"}] * 2)
+    failed = run_jobs(jobs, OneMachine(slots=[{"OMP_NUM_THREADS": "1"}] * 2))
     assert Toy.order == ["a", "bad", "b"] and Toy.most == 2
     assert {folder.name: str(error).split(",")[0] for folder, error in failed.items()} == {
         "bad": "it broke", "c": "c was not run: it needs bad", "d": "d was not run: it needs c"}
@@ -234,7 +237,7 @@ def test_a_job_of_another_grid_is_left_to_it(toys, tmp_path, monkeypatch):
             (tmp_path / "a" / "DONE").touch()
         return folder.name == "a"
     monkeypatch.setattr(workers, "is_locked", locked)
-    assert not run_jobs(toys(a="", b="", c="a"), [{"OMP_NUM_THREADS": "1"}])
+    assert not run_jobs(toys(a="", b="", c="a"), OneMachine(slots=[{"OMP_NUM_THREADS": "1"}]))
     assert Toy.order == ["b", "c"]
 
 
@@ -242,7 +245,7 @@ def test_an_ordinary_kill_stops_the_workers_too(toys, monkeypatch):
     monkeypatch.setattr(Toy, "ended", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        run_jobs(toys(a="", b=""), [{"OMP_NUM_THREADS": "1"}] * 2)
+        run_jobs(toys(a="", b=""), OneMachine(slots=[{"OMP_NUM_THREADS": "1"}] * 2))
     assert Toy.order == ["a", "b", "stop a", "stop b"] and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -251,17 +254,46 @@ def test_a_hangup_that_is_ignored_stays_ignored(toys, monkeypatch):
     monkeypatch.setattr(Toy, "ended", lambda self: os.kill(os.getpid(), signal.SIGHUP) is None)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert not run_jobs(toys(a="", b="a"), [{"OMP_NUM_THREADS": "1"}] * 2)
+        assert not run_jobs(toys(a="", b="a"), OneMachine(slots=[{"OMP_NUM_THREADS": "1"}] * 2))
         assert Toy.order == ["a", "b"] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("deaths, lost", [(1, []), (2, []), (3, ["a", "b"])])
+def test_a_worker_that_is_killed_is_replaced_twice(toys, monkeypatch, deaths, lost):
+    def ended(self):
+        self.failure = workers.Died("killed") if Toy.order.count("a") <= deaths and self.job.folder.name == "a" else None
+        self.is_over = True
+        return True
+    monkeypatch.setattr(Toy, "ended", ended)
+    failed = run_jobs(toys(a="", b="a"), OneMachine(slots=[{"OMP_NUM_THREADS": "1"}]))
+    assert [folder.name for folder in failed] == lost and Toy.order == ["a"] * min(deaths + 1, 3) + ["b"] * (not lost)
+
+
+def test_a_worker_says_in_its_log_what_it_printed(tmp_path):
+    job = Job("report", tmp_path / "outputs" / "report" / "x", {"data": str(tmp_path), "ensemble": str(tmp_path)})
+    worker = workers.Worker(job, {"OMP_NUM_THREADS": "1"})
+    worker.process.kill()
+    wait_for(worker.ended)
+    assert isinstance(worker.failure, workers.Died) and str(worker.log) in str(worker.failure) and worker.log.parent == tmp_path / "outputs" / "logs"
+
+
+def test_any_error_of_a_job_is_one_sentence():
+    class Odd:
+        stage, folder = "train", Path("outputs/runs/odd")
+
+        def run(self):
+            raise KeyError("two\nlines")
+    assert "\n" not in str(workers.Here(Odd(), {}).failure) and "KeyError" in str(workers.Here(Odd(), {}).failure)
+
+
 def test_worker_brings_back_what_went_wrong(tmp_path):
+    before = set(Path(tempfile.gettempdir()).glob("esci_nb-worker-*"))
     job = Job("ensemble", tmp_path / "out", {"weigths": 1})
-    failed = run_jobs([job], [{"OMP_NUM_THREADS": "1"}])
+    failed = run_jobs([job], OneMachine(slots=[{"OMP_NUM_THREADS": "1"}]))
     assert isinstance(failed[job.folder], InputError) and "has no parameter 'weigths'" in str(failed[job.folder])
-    assert not job.folder.exists() and not list(Path(tempfile.gettempdir()).glob("esci_nb-worker-*/answer.json"))
+    assert not job.folder.exists() and not set(Path(tempfile.gettempdir()).glob("esci_nb-worker-*")) - before
 
 
 def test_one_worker_per_gpu(monkeypatch):
@@ -273,8 +305,11 @@ def test_one_worker_per_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots()] == ["5", "7"]
-    with pytest.raises(InputError, match="3 workers were asked for and there are 2 GPUs"):
-        worker_slots(3)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots(3)] == ["5", "7", "5"], "small models share a GPU"
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in worker_slots(1, 2)] == ["5,7"]
+    for count, each, most in ((17, 1, 16), (2, 2, 1)):
+        with pytest.raises(InputError, match=f"{count} workers were asked for and there are 2 GPUs; give at most {most}"):
+            worker_slots(count, each)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert worker_slots() == worker_slots(1) == [{}]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -306,6 +341,37 @@ def test_fields_of_one_recipe_win_and_reach_its_teachers(data, tmp_path):
     assert trained(change_grid(grid, awp_below=0.2)) == {("awp", 1, 0.2), ("www", 1, 0.2), ("www_first", 3, 0.2)}
     ladder = read_grid(ROOT / "nbs" / "grids" / "ladder.toml")
     assert ladder.data["over"] == "ranked" and len(ladder.seeds) == 3 and {"baseline", "www"} < set(ladder.recipes)
+
+
+def test_a_grid_file_wins_over_the_fields_that_suit_small(data, monkeypatch):
+    from esci_nb.run import grid as grids
+    monkeypatch.setattr(grids, "preprocess", lambda source, outputs, **settings: data)
+    monkeypatch.setattr(grids, "find_backbone", lambda name, data, outputs: ("built/small", {"epochs": 3, "max_length": 64, "lr": 5e-4}))
+    grid = Grid(backbone=[{"name": "small", "lr": 1e-4}], recipes=["baseline", "awp"], recipe={"epochs": 5, "awp": {"max_length": 32}})
+    trained = grids.plan_grid(grid, "sample", data.parents[1]).training.values()
+    assert {(run.name, run.backbone, run.recipe.epochs, run.recipe.max_length, run.recipe.lr) for run in trained} == {
+        ("baseline", "built/small", 5, 64, 1e-4), ("awp", "built/small", 5, 32, 1e-4)}
+
+
+def test_what_ensembles_read_is_checked_before_the_first_run(data, tmp_path):
+    from esci_nb.run.grid import check_ensembles
+    rows = open_data(data).rows
+    keys = rows.assign(score=1.0)[["query_id", "product_locale", "score"]].assign(product_id="a")
+    rows.assign(example_id=rows.index, product_id="a").to_parquet(data / "rows.parquet")
+    keys.to_csv(tmp_path / "whole.csv", index=False)
+    keys.iloc[1:].to_csv(tmp_path / "lacks.csv", index=False)
+    keys.assign(score="many").to_csv(tmp_path / "words.csv", index=False)
+    backbone = [{"name": "some/model"}]
+    plan = plan_runs(Grid(backbone=backbone), data, data.parents[1])
+    for scores, named in (("whole.csv", None), ("lacks.csv", "lack"), ("words.csv", "finite"), ("none.csv", "no file")):
+        grid = Grid(backbone=backbone, ensemble=[{"name": "x", "scores": {"peer": str(tmp_path / scores)}, "leaderboard": {"peer": 0.9}}])
+        if named is None:
+            check_ensembles(grid, plan)
+        else:
+            with pytest.raises(InputError, match=named):
+                check_ensembles(grid, plan)
+    with pytest.raises(InputError, match="cannot be the name"):
+        Grid(backbone=backbone, ensemble=[{"name": "../x"}])
 
 
 def test_plan_shares_teachers_and_keeps_locales_apart(data):
@@ -340,6 +406,8 @@ def test_hours_follow_from_rows_and_rate(data):
     assert (one["rows"], one["predicted"], one["passes"]) == (12, 12, 36)
     assert np.isclose(one["hours"] * 3600 * 10, 36 * costs.steps["FGMTraining"] + 12 * costs.predict)
     assert part("baseline", "us-m")[["rows", "predicted", "pairs/s"]].to_numpy().tolist() == [[8, 8, 20]]
+    soup = plan_costs(plan_runs(Grid(backbone=[{"name": "m", "soup": 3}], recipes=["baseline"], folds=[1], recipe={"epochs": 2}), data, data.parents[1]), {"": 10.0}, costs)
+    assert soup["passes"].tolist() == [3 * 2 * 12]
     teachers = part("www_first", "m")
     assert teachers["rows"].sum() == 2 * 12 and (teachers["rows"] + teachers["predicted"] == 12 + 6 + 6).all()
     assert part("www", "m")["rows"].item() == 12 + 6  # every test row may become a pseudo label
@@ -365,6 +433,26 @@ def test_rate_of_finished_runs_and_of_the_benchmark(data):
     unknown = plan_runs(Grid(backbone=[{"name": "no/such"}]), data, outputs)
     with pytest.raises(InputError, match="--rate no/such=PAIRS_PER_SECOND"):
         plan_costs(unknown, costs=costs)
+
+
+def test_a_plan_tries_what_nobody_has_trained(made):
+    backbone, = (path for path in (made.data.parents[1] / "backbones").iterdir())
+    quick = {"epochs": 1, "precision": "fp32", "text_fields": "title"}
+    plan = plan_runs(Grid(backbone=[{"name": str(backbone), **quick, "max_length": 24}], recipes=["baseline", "awp"], folds=[0]), made.data,
+                     made.data.parents[1])
+    costs = read_costs()
+    tried = calibrate(plan, costs, environment={"OMP_NUM_THREADS": "1"}, seconds=0.5)
+    speed, = tried.values()
+    assert 10 < speed.rate < 1e5 and 0.5 < speed.start < 300 and speed.origin == "ten seconds of training here"
+    table = plan_costs(plan, costs=costs, tried=tried)
+    assert np.allclose(table["hours"] * 3600, speed.start + table["plain"] / speed.rate) and (table["rate from"] == speed.origin).all()
+    assert calibrate(plan, costs, {"": 10.0}) == {}, "a rate is given"
+    known = plan_runs(Grid(backbone=[{"name": str(backbone), **quick, "max_length": 32}], folds=[0], seeds=[7]), made.data, made.data.parents[1])
+    assert calibrate(known, costs) == {}, "there are finished runs"
+    took = [json.loads((run / "notebook.ipynb").read_text())["metadata"]["papermill"]["duration"]
+            for run in made.data.parents[1].glob("runs/*") if (run / "notebook.ipynb").is_file()]
+    speed, = plan_costs(known, costs=costs)["start"]
+    assert 0 < speed < max(took)
 
 
 MISTAKES = {

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from esci_nb.contract import LABELS, PROB_COLUMNS, InputError
+from esci_nb.data.read import read_products
 from esci_nb.rank.members import align
 from esci_nb.rank.methods import METHODS, find_method
-from esci_nb.rank.submission import read_candidates
+from esci_nb.rank.submission import check_submission, read_candidates
 from esci_nb.recipe import Recipe
 from esci_nb.ship import inference
 from esci_nb.ship.clock import Budget, cut_slices
-from esci_nb.ship.inference import Combination, PairCache, load_predictor, products_of, rank_lists, run_processes
+from esci_nb.ship.inference import Combination, PairCache, Predictor, load_predictor, products_of, rank_lists, read_lists, run_processes
 from esci_nb.ship.package import PackedModel, open_package
 from esci_nb.ship.schedule import Answers, ModelRace, by_strength, run_models, that_fit
 from packing import competition_files, pack_tiny
@@ -306,6 +307,56 @@ def test_a_missing_member_is_made_up_for(attached, tmp_path, labelled, method, m
     assert np.allclose(combine(alone)[us], answers.of("all")[us]), "weights are scaled up, stacking falls back to the mean"
     assert np.allclose(combine(alone)[~us], combine(answers)[~us]), "the other locales miss nobody"
     assert np.isnan(combine(Answers(rows, package.models))).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_does_without_a_model_that_was_left_out(attached, tmp_path, labelled, method):
+    package, _ = with_method(attached, tmp_path, labelled, method)
+    whole = tuple(model for model in package.models if model.name == "all")
+    rest = dataclasses.replace(package, models=whole, is_lenient=True)
+    rows, said = read_candidates(next((attached / "data").glob("test*"))), []
+    ranking = rank_lists(rest, rows, sorted((attached / "data").glob("*catalogue*")), tmp_path / "s.csv", 300, say=said.append)
+    assert ranking.rows["p_E"].notna().all() and ranking.counts["rows"] == len(rows)
+
+
+def test_a_method_of_other_members_is_not_used(attached, tmp_path, labelled):
+    package, _ = with_method(attached, tmp_path, labelled, "mean")
+    rows, said = read_candidates(next((attached / "data").glob("test*"))), []
+    strange = dataclasses.replace(package, models=(dataclasses.replace(package.models[0], member="stranger"),))
+    assert Combination(strange, rows, None, said.append).method is None and "was not fitted with stranger" in said[0]
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda table: pd.concat([table, table.head(1).assign(product_locale="xx")]), "goes on"),
+    (lambda table: pd.concat([table, table.head(1).assign(product_brand="other")]), "goes on"),
+    (lambda table: table.assign(product_title=" "), "goes on"),
+    (lambda table: table.drop(columns="product_bullet_point"), "goes on"),
+])
+def test_a_catalogue_with_mistakes_does_not_stop_an_inference(attached, tmp_path, change, part):
+    rows, said = read_candidates(next((attached / "data").glob("test*"))), []
+    table = pd.read_csv(next(attached.glob("data/*catalogue*")), dtype=str, keep_default_na=False)
+    change(table).to_csv(tmp_path / "catalogue.csv", index=False)
+    products = products_of(rows, [tmp_path / "catalogue.csv"], said.append)
+    right = products_of(rows, sorted((attached / "data").glob("*catalogue*")), said.append)
+    assert len(products) == len(right) and products["product_brand"].equals(right["product_brand"]) and part in said[0]
+    with pytest.raises(InputError):
+        read_products(tmp_path / "catalogue.csv")
+
+
+def test_lists_with_mistakes_are_read_as_they_are(attached, tmp_path):
+    table, said = pd.read_csv(next(attached.glob("data/test*")), dtype=str), []
+    table.loc[0, "query_locale"] = "xx"
+    table.to_csv(tmp_path / "test.csv", index=False)
+    rows = read_lists(tmp_path / "test.csv", said.append)
+    assert rows["query_id"].dtype == "int64" and rows["product_id"].tolist() == table["product_id"].tolist() and "'xx'" in said[0]
+
+
+def test_a_predictor_without_a_package_ranks_by_bm25(attached, tmp_path, capsys):
+    predictor = Predictor(tmp_path / "nothing", hours=0.01)
+    predictor.prediction_setup()
+    lists, catalogue = (str(next(attached.glob(f"data/{name}*"))) for name in ("test", "product"))
+    predictor.predict(lists, catalogue, str(tmp_path / "out" / "s.csv"))
+    assert check_submission(tmp_path / "out" / "s.csv", read_candidates(lists)) and "ranked by BM25" in capsys.readouterr().out
 
 
 def test_a_method_that_fails_costs_only_itself(attached, tmp_path, labelled, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every library notebook runs from top to bottom, with its asserts, inside this process (so coverage counts it)."""
+"""Every library notebook runs from top to bottom, with its asserts, inside this process: ARGS=--cov=esci_nb counts its lines."""
 import io
 from contextlib import redirect_stdout
 

@@ -7,7 +7,11 @@ from transformers import AutoConfig, AutoModel
 from esci_nb.contract import InputError
 from esci_nb.model.backbones import _DROPOUTS, without_pooler
 from esci_nb.model.cross_encoder import CrossEncoder
-from esci_nb.model.packed import PACKABLE, PackedCrossEncoder, can_pack, fill_batches, first_position, pack, packed_pool, segment_count
+from esci_nb.model.lora import add_lora
+from esci_nb.model.packed import (PACKABLE, PackedCrossEncoder, can_pack, fill_batches, first_position, pack, pack_padded, packed_pool, read_packed,
+                                  read_padded, segment_count)
+from esci_nb.model.rerankers import Neck, NeckShape
+from esci_nb.recipe import OWN
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, vocab_size=97, max_position_embeddings=64)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
@@ -144,3 +148,32 @@ def test_segments_of_a_model_without_them_are_ignored():
     model = build("xlm-roberta", "mean", PackedCrossEncoder, max_length=40)
     row = both(model.backbone, shape=None)[1]
     assert torch.equal(model(**row), model(**row | {"token_type_ids": torch.ones_like(row["input_ids"])}))
+
+
+@pytest.mark.parametrize("pooled", ["cls", "mean", "last", "late"])
+def test_the_neck_of_a_reranker_reads_rows(pooled):
+    torch.manual_seed(1)
+    neck = Neck(NeckShape(32, pooled, "tanh", norm=1e-5))
+    model = build("modernbert", OWN, neck=neck)
+    wide = {name: values for name, values in both(model.backbone)[0].items() if name != "token_type_ids"}
+    expected = model(**wide)
+    found = read_packed(model)(**pack_padded(wide, 0))
+    assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE["modernbert"]) and expected.std() > 0.01
+    assert type(read_padded(model)) is CrossEncoder and torch.equal(model(**wide), expected), "and back"
+
+
+def test_low_rank_changes_are_trained_in_rows():
+    gradients = []
+    for packed in (False, True):
+        model = build("eurobert", "weighted")
+        torch.manual_seed(2)
+        add_lora(model.backbone, 2).double()
+        with torch.no_grad():
+            for weight in model.backbone.parameters():
+                weight.add_(0.1 * torch.randn_like(weight) if weight.requires_grad else 0)
+        wide = both(model.backbone)[0]
+        loss_of(read_packed(model)(**pack_padded(wide, 0)) if packed else model(**wide), len(LENGTHS)).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert any(name.endswith(".a") for name in gradients[0]) and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][name], gradient, rtol=0, atol=TOLERANCE["eurobert"]), name

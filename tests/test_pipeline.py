@@ -29,7 +29,7 @@ def demo_run(made, **changes):
 def test_run_folders_keep_their_contract(made):
     for run in made.runs:
         names = {path.name for path in run.iterdir()}
-        assert names == {"config.json", "metrics.json", "oof.parquet", "test.parquet", "model", "notebook.ipynb", "DONE"}
+        assert names == {"config.json", "metrics.json", "history.csv", "oof.parquet", "test.parquet", "model", "notebook.ipynb", "DONE"}
         assert {path.name for path in (run / "model").iterdir()} >= {"model.safetensors", "config.json", "head.json", "tokenizer.json"}
         for name in ("oof", "test"):
             table = pd.read_parquet(run / f"{name}.parquet")
@@ -116,6 +116,21 @@ def test_commands_print_tables(made, tiny_files, capsys):
     assert main([*words, "--set", "epochs=1", "precision=fp32", "max_length=32", "text_fields=title"]) == 0
     out = capsys.readouterr().out
     assert "over BM25" in out and "submission.csv" in out and "report.html" in out
+
+
+def test_template_of_a_new_experiment(made, tiny_files, tmp_path):
+    import papermill
+    outputs, template = made.data.parents[1], ROOT / "nbs" / "guides" / "new_experiment.ipynb"
+    names = papermill.inspect_notebook(str(template))
+    parameters = {"source": str(tiny_files), "both": QUICK, "change": {"label_smoothing": 0.1}, "experiments": str(tmp_path / "experiments.csv"),
+                  "outputs": str(outputs)}
+    assert set(parameters) <= set(names) and all(one["help"] for one in names.values()), "every parameter says what it is"
+    papermill.execute_notebook(str(template), str(tmp_path / "done.ipynb"), parameters=parameters, progress_bar=False, cwd=str(tmp_path), kernel_name="python3")
+    said = "".join(line for cell in json.loads((tmp_path / "done.ipynb").read_text())["cells"] for out in cell.get("outputs", []) for line in out.get("text", []))
+    assert "out-of-fold lists, 1 seed(s)" in said and "Warning" not in said
+    table = pd.read_csv(tmp_path / "experiments.csv")
+    changed = table[table["what changed"].str.contains("label_smoothing=0.1")]
+    assert len(changed) == 1 and changed["folds"].iat[0] == 2 and changed["cv"].between(0, 1).all() and len(table) > 1
 
 
 def test_competition_files_without_test_labels(tiny_files, tmp_path):

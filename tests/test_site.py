@@ -1,4 +1,6 @@
-"""The built site in a real browser: no errors, no failed requests, no page wider than a phone, search and formulas at work."""
+"""The built site in a real browser: no errors, no failed requests, nothing cut off from a phone to a wide screen, search, copy buttons and formulas at work.
+
+SITE=FOLDER takes a site that is built."""
 import functools
 import http.server
 import os
@@ -24,6 +26,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def site(tmp_path_factory) -> Path:
     from esci_nb.cli import make_parser
     from esci_nb.docs import build_docs
+    if built := os.environ.get("SITE"):
+        return Path(built)
     folder = tmp_path_factory.mktemp("built") / "site"
     pages, links = build_docs(folder, make_parser())
     assert pages > 70 and links > 10_000
@@ -62,13 +66,52 @@ def page(browser, address):
     context.close()
 
 
-def test_every_page_on_a_phone(site, address, page):
+CUT = """width => [...document.querySelectorAll('article :is(table, pre, img, mjx-container, .admonition)')].filter(part => {
+    if (part.getBoundingClientRect().right <= width + 1 || !part.checkVisibility()) return false;
+    for (let above = part; above.tagName != 'ARTICLE'; above = above.parentElement)
+        if (['auto', 'scroll'].includes(getComputedStyle(above).overflowX) && above.getBoundingClientRect().right <= width + 1) return false;
+    return true;
+}).map(part => `${part.tagName} ${part.innerText?.slice(0, 40)}`)"""  # what reaches past the window and cannot be scrolled to
+
+
+def test_every_page_at_three_widths_in_light_and_dark(site, address, page):
+    wrong = []
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(f"{address}/{name}", wait_until="load")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= 390, f"{name} is {wide} px wide"
-        assert not page.wrong, f"{name}: {page.wrong}"
+        for width, scheme in ((390, "dark"), (768, "light"), (1440, "dark"), (1440, "light"), (768, "dark"), (390, "light")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            wide, cut = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(CUT, width)
+            wrong += [f"{name} at {width}, {scheme}: {wide} px wide, cut off: {cut[:3]}"] * (wide > width or bool(cut))
+        wrong += [f"{name}: {line}" for line in page.wrong]
+        page.wrong.clear()
+    assert not wrong, "\n".join(wrong)
+
+
+def test_code_of_95_characters_fits_a_wide_screen(address, page):
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(f"{address}/030_metrics.html")
+    assert page.evaluate("""() => {
+        const pre = [...document.querySelectorAll('div.highlight:not(.cell_output *) pre')].find(one => one.clientWidth), one = document.createElement('span');
+        one.textContent = 'x'.repeat(95);
+        one.style.whiteSpace = 'pre';
+        pre.append(one);
+        return one.getBoundingClientRect().width + 2 * parseFloat(getComputedStyle(pre).paddingLeft) <= pre.clientWidth;
+    }""")
+
+
+def test_a_copy_button_copies_the_code_and_output_has_none(address, browser):
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"{address}/index.html")
+    block = page.locator("div.highlight", has_text="make demo").first
+    block.hover()
+    block.locator("button.copybtn").click()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == block.locator("pre").inner_text().strip() != ""
+    page.goto(f"{address}/030_metrics.html")
+    assert page.locator("button.copybtn").count() > 10 and page.locator(".cell_output button.copybtn").count() == 0
+    context.close()
 
 
 def test_a_formula_is_drawn(address, page):
@@ -109,7 +152,7 @@ def test_figures_have_pixels_to_spare(site, address, browser):
     blurred = []
     for path in sorted(site.glob("[0-9]*.html")):
         page.goto(f"{address}/{path.name}")
-        blurred += page.evaluate("""name => [...document.querySelectorAll('.cell_output img')].filter(image => !image.src.endsWith('.svg') &&
+        blurred += page.evaluate("""name => [...document.querySelectorAll('.cell_output img')].filter(image => !/[.]svg$|^data:image.svg/.test(image.src) &&
             image.naturalWidth < 1.25 * image.clientWidth).map(image => `${name}: ${image.naturalWidth} px shown at ${image.clientWidth}`)""", path.name)
     page.close()
     assert not blurred, blurred

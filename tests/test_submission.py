@@ -7,7 +7,9 @@ import pytest
 
 from esci_nb.contract import GAINS_SWAPPED, LABELS, PROB_COLUMNS, InputError
 from esci_nb.metrics import gains_of, ndcg, ranking_score
-from esci_nb.rank.submission import check_submission, find_files, rank_pairs, read_candidates, write_submission
+from esci_nb.rank.submission import check_submission, rank_pairs, read_candidates, write_submission
+from esci_nb.ship.first import find_attached
+from esci_nb.ship.inference import products_of
 
 PRODUCT_IDS = ["B01", "0012", "NA", "null", 'a,"b"']
 GOOD = 'product_id,query_id\nB01,7\n0012,7\nNA,7\nnull,3\n"a,""b""",3\n'
@@ -178,16 +180,17 @@ def test_files_are_found_by_their_columns(tmp_path):
     put(tmp_path / "deep", "to_rank.csv", **PAIR)
     put(tmp_path / "deep", "things.csv", **CATALOGUE)
     (tmp_path / "notes.txt").write_text("not a table")
-    found = find_files(tmp_path)
-    assert found.lists.name == "to_rank.csv" and [path.name for path in found.catalogues] == ["things.csv"]
+    lists, catalogues = find_attached(tmp_path)
+    assert lists.name == "to_rank.csv" and [path.name for path in catalogues] == ["things.csv"]
     put(tmp_path, "test_private.csv", **PAIR)
     with pytest.raises(InputError, match="holds 2 files with test lists"):
-        find_files(tmp_path)
-    assert find_files(tmp_path, "*private*").lists.name == "test_private.csv"
-    with pytest.raises(InputError, match="no catalogue"):
-        find_files(tmp_path, "*private*", "catalogue*")
+        find_attached(tmp_path)
+    assert find_attached(tmp_path, "*private*")[0].name == "test_private.csv"
+    lists, catalogues = find_attached(tmp_path, "*private*", "catalogue*")
+    with pytest.raises(InputError, match="No catalogue can be read"):
+        products_of(read_candidates(lists), catalogues)
     with pytest.raises(InputError, match="There is no folder"):
-        find_files(tmp_path / "nowhere")
+        find_attached(tmp_path / "nowhere")
 
 
 def test_a_file_without_test_lists_is_refused(tmp_path, tiny_files):

@@ -1,4 +1,6 @@
 """Properties of cleaning that must hold for any text at all."""
+import os
+import time
 import unicodedata
 
 import emoji
@@ -6,8 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
+from esci_nb.bm25 import tokens
 from esci_nb.contract import InputError
 from esci_nb.data.clean import KEPT_SIGNS, clean, clean_products, clean_queries, clean_texts
+from esci_nb.data.merge import normalise_query
+from esci_nb.data.patterns import pattern_spans
+from esci_nb.data.translate import sentences
+from esci_nb.data.translators import Glossary
 
 ANY = st.characters(exclude_categories=())   # surrogates, private use and unassigned characters, too
 PIECES = st.sampled_from([
@@ -104,3 +111,55 @@ def test_bad_tables_are_refused():
         clean_products(pd.DataFrame({"product_title": ["a"]}))
     with pytest.raises(InputError, match="2 distinct values that are no text, such as .1, 2."):
         clean_texts(pd.Series([1, 2, "a"], name="query"))
+
+
+HOSTILE = ["<a ", "</ ", "<!--", "<script>", "<style x='", "<a href=\"", "<a x='<a x=\"", "<", "<<b>b>", "<su<sub>", "<b", "<b>", "</p>", "<br/ ", "<![CDATA[", "&", "&#", "&amp;",
+           "&#38;", "&lt;b&gt;", "😀", "👩\u200d", "🇪", "\ufe0f", "Ã³", "Ã", "Â ", "â€", "\x80", "x", "é", "\u0301\u0323", " ", "\n", "\u3000", "[", "(", "＜", "ｶﾞ", "日本", "\0",
+           "1.1", "é1", "a-1", "12 x ", "pack of 2 ", "red and "]
+
+
+def seconds(call, text: str) -> float:
+    "The least processor time of three calls."
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        call(text)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def hold(text: str) -> None:
+    "All that happens to a text before it is tokenised."
+    clean(text)
+    pattern_spans(text.lower())
+    sentences(text)
+    tokens(text)
+    normalise_query(pd.Series([text], dtype=object))
+
+
+@pytest.mark.parametrize("unit", [*HOSTILE, "nested"], ids=repr)
+def test_time_grows_with_the_length_whatever_a_text_holds(unit):
+    size = int(os.environ.get("HOSTILE_SIZE", 4_000))
+    short, long = ("<" * (n // 4) + "b>" * (n // 4) if unit == "nested" else (unit * (n // len(unit) + 1))[:n] for n in (size, 8 * size))
+    assert seconds(hold, long) < 25 * seconds(hold, short) + 0.1  # 8 times as long; 64 times would be its square
+
+
+@pytest.mark.parametrize("spaced", ["us", "jp"])
+def test_a_frame_that_repeats_is_translated_in_time(spaced):
+    from esci_nb.data.lexicon import lexicon
+    sentence = lexicon(spaced).bullets[0]
+    long = Glossary()([f"{sentence} " * 3000], spaced, "es")[0]
+    assert long.count(Glossary()([sentence], spaced, "es")[0]) == 3000
+
+
+def test_many_accents_on_a_letter_are_few():
+    assert clean("e" + "\u0323" * 500) == unicodedata.normalize("NFC", "e" + "\u0323" * 30)
+    assert clean("e" + "\u0301\U0001d165" * 500).startswith("é") and len(clean("e" + "\u0301\U0001d165" * 500)) <= 31
+
+
+def test_a_small_tokenizer_learns_beside_a_very_long_word():
+    from esci_nb.model.small import train_tokenizer
+    texts = ["red shoes for running", "blue shoes"] * 20
+    start = time.process_time()
+    tokenizer = train_tokenizer([*texts, "ab" * 10**5, "!?" * 10**4], vocab_size=200)
+    assert tokenizer("ab" * 10**5)["input_ids"] and time.process_time() - start < 8

@@ -19,7 +19,7 @@ from esci_nb.data.folds import make_folds
 from esci_nb.data.lexicon import SAMPLE_LOCALES, lexicon
 from esci_nb.data.load import load
 from esci_nb.data.merge import merge_tasks, normalise_query
-from esci_nb.data.prepare import DataSettings, prepare_tables, work_in_parts
+from esci_nb.data.prepare import DataSettings, Processes, prepare_tables, work_in_parts
 from esci_nb.data.translate import TranslationCache, sentences, translate_texts
 from esci_nb.data.translated_rows import add_translations
 from esci_nb.data.translators import Glossary, Seq2Seq, _languages, make_translator
@@ -299,10 +299,9 @@ quick = module.clean_products
 def slow(products):
     time.sleep(0.3)
     return quick(products)
-module.clean_products, module._PART_ROWS = slow, 100
-module.work_in_parts.__defaults__ = (2, 100)
+module.clean_products = slow
 esci = load({str(tiny_files)!r})
-module.prepare_tables(make_folds(merge_tasks(esci.examples)), esci.products, module.DataSettings(), Path({str(tmp_path)!r}) / "parts", Path("none"))
+module.prepare_tables(make_folds(merge_tasks(esci.examples)), esci.products, module.DataSettings(), Path({str(tmp_path)!r}) / "parts", Path("none"), part_rows=100)
 '''
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: len(list(tmp_path.glob("parts/cleaned-*.parquet"))) >= 3)
@@ -319,7 +318,7 @@ module.prepare_tables(make_folds(merge_tasks(esci.examples)), esci.products, mod
     whole = work_in_parts(esci.products, clean_products, tmp_path / "parts", "cleaned", part_rows=100)
     assert whole.equals(clean_products(esci.products))
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "what was there is not done again"
-    made = prepare_tables(rows, esci.products, DataSettings(), tmp_path / "again", tmp_path / "t.sqlite", workers=1)
+    made = prepare_tables(rows, esci.products, DataSettings(), tmp_path / "again", tmp_path / "t.sqlite", Processes(1))
     assert made.products[list(whole)].equals(whole)
 
 
@@ -537,3 +536,46 @@ def test_pickled_weights_are_refused(marian, tmp_path):
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"not read")
     with pytest.raises(InputError, match="weights in the folder .*safetensors"):
         Seq2Seq(str(tmp_path / "model")).model_of("es", "us")
+
+
+def test_a_changed_translation_is_made_again(tmp_path):
+    with sqlite3.connect(tmp_path / "old.sqlite") as old:  # as written before sums were kept
+        old.executescript("create table translations (key blob primary key, text text not null) without rowid; "
+                          "insert into translations values (x'61', 'old')")
+    with TranslationCache(tmp_path / "old.sqlite") as cache:
+        assert cache.find([b"a"]) == {b"a": "old"}
+        cache.store({b"b": "día", b"c": "noche"})
+        for text in ("'dia'", "cast(x'64ff61' as text)"):
+            cache.connection.execute(f"update translations set text = {text} where key = x'62'")
+            assert cache.find([b"a", b"b", b"c"]) == {b"a": "old", b"c": "noche"} and cache.claim([b"b", b"c"]) == [b"b"]
+            cache.release()
+    with pytest.raises(InputError, match="cannot be used .*delete the file if it is broken"), TranslationCache(tmp_path / "old.sqlite") as cache:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+
+def test_no_cache_is_in_wal_mode_which_a_network_disk_would_break(tmp_path):
+    with sqlite3.connect(tmp_path / "old.sqlite") as old:
+        assert old.execute("pragma journal_mode = wal").fetchone() == ("wal",)
+        old.execute("create table translations (key blob primary key, text text not null, crc integer) without rowid")
+    old.close()
+    for name in ("old.sqlite", "new.sqlite"):
+        with TranslationCache(tmp_path / name) as one, TranslationCache(tmp_path / name) as other:
+            assert one.connection.execute("pragma journal_mode").fetchone() == ("truncate",)
+            one.store({b"a": "día"})
+            assert other.find([b"a"]) == {b"a": "día"}
+        assert (tmp_path / name).read_bytes()[18:20] == b"\x01\x01", "the file says so too: 2 is WAL"
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(("-wal", "-shm"))]
+
+
+def test_a_program_translates_train_rows(folded, tmp_path):
+    script = tmp_path / "shout.py"
+    script.write_text("import sys\nfor line in sys.stdin:\n    print(line.strip().upper())\n")
+    settings = DataSettings(translate="es", translator=f"command: {sys.executable} {script} eng-spa")
+    prepared = prepare_tables(*folded, settings, tmp_path / "parts", tmp_path / "cache.sqlite", Processes(1))
+    new = prepared.rows[~is_original(prepared.rows)]
+    origin = prepared.rows.set_index("example_id").loc[new["origin"], ["query", "product_locale"]]
+    assert len(new) and set(origin["product_locale"]) == {"us"}
+    assert (new["query"].to_numpy() == origin["query"].str.upper().to_numpy()).all()
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match="failed"):
+        prepare_tables(*folded, settings, tmp_path / "others", tmp_path / "other.sqlite", Processes(1))

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['KEPT_SIGNS', 'clean', 'clean_texts', 'clean_queries', 'clean_products']
 
-# %% ../../nbs/180_data.clean.ipynb #37b92614
+# %% ../../nbs/180_data.clean.ipynb #e37fd261
 import html
 import re
 import unicodedata
+from functools import cache
 
 import emoji
 import ftfy
 import pandas as pd
-from selectolax.lexbor import LexborHTMLParser
 from tqdm.auto import tqdm
 
 from ..contract import TEXT_FIELDS, InputError, need_columns
 
-# %% ../../nbs/180_data.clean.ipynb #e71e6526
+# %% ../../nbs/180_data.clean.ipynb #7b3cd066
 _TAG_NAMES = """a abbr acronym address article aside audio b big blockquote body br button caption center cite code
     col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6
     head header hr html i iframe img input ins kbd label legend li link main map mark menu meta nav object ol p param
@@ -27,29 +27,44 @@ _TAG_NAMES = """a abbr acronym address article aside audio b big blockquote body
 _ATTRIBUTES = (r"""(?:\s+(?:[\w:.@-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)"""
                r"|allowfullscreen|checked|compact|controls|disabled|hidden|noshade|nowrap))*\s*/?")
 _NAME = f"(?:{'|'.join(_TAG_NAMES)})"
-_TAG = (rf"(?:/?{_NAME}{_ATTRIBUTES}>|/(?:script|style)\s*>|!--.*?-->|!doctype[^<>]*>"
-        rf"|(script|style){_ATTRIBUTES}>.*?</\1\s*>)")
+_OPENED = {"!--": re.compile("-->"), "script": re.compile(r"</script\s*>", re.IGNORECASE), "style": re.compile(r"</style\s*>", re.IGNORECASE)}
+_TAG = re.compile(rf"<(?:/?{_NAME}{_ATTRIBUTES}>|/(?:script|style)\s*>|!doctype[^<>]*>|(?P<opened>!--|script|style)(?:(?<=-)|{_ATTRIBUTES}>))",
+                  re.IGNORECASE)
 # tags torn by spaces, and one that the end of the text cut off; a lone letter between spaces is no tag: a < b > c
 _TORN = re.compile(rf"<\s?(?:/\s?{_NAME}\s?/?\s?|(?=\w\w){_NAME}\s?/?\s?|{_NAME})>", re.IGNORECASE)
 _CUT = re.compile(rf"(?<=\S)\s*(?:</?(?!\w[&/\s]*$){_NAME}|(?<!\w)</?\w|</)\s?/?(?:&(?:g|gt)?)?$", re.IGNORECASE)
-_HAS_TAG = re.compile("<" + _TAG, re.IGNORECASE | re.DOTALL)
-_NO_TAG = re.compile("<(?!" + _TAG + ")", re.IGNORECASE | re.DOTALL)
 _INSIDE_WORD = re.compile(r"</?(?:sub|sup|wbr)\s*/?>", re.IGNORECASE)
+
+
+def _without_cut_tags(text: str) -> str:
+    "The text without tags that its end cut off."
+    end = len(text)
+    while cut := _CUT.search(text, max(0, end - 24), end):
+        end = cut.start()
+    return text[:end]
 
 
 def _without_tags(text: str) -> str:
     "Text of an HTML fragment, a space for each tag; entities and any `<` that is no tag stay as they are."
-    text = _CUT.sub("", _TORN.sub(" ", _INSIDE_WORD.sub("", text)))
-    if not _HAS_TAG.search(text):
-        return text
-    parser = LexborHTMLParser(_NO_TAG.sub("&lt;", text.replace("&", "&amp;")))
-    parser.strip_tags(["script", "style"])
-    return parser.root.text(separator=" ")
+    text = _without_cut_tags(_TORN.sub(" ", _INSIDE_WORD.sub("", text)))
+    pieces, done, place, never_closed = [], 0, 0, set()
+    while tag := _TAG.search(text, place):
+        opened, end = (tag["opened"] or "").lower(), tag.end()
+        if opened:
+            closed = None if opened in never_closed else _OPENED[opened].search(text, end)
+            if closed is None:
+                never_closed.add(opened)
+                place = tag.start() + 1
+                continue
+            end = closed.end()
+        pieces.append(text[done:tag.start()])
+        done = place = end
+    return " ".join([*pieces, text[done:]])
 
-# %% ../../nbs/180_data.clean.ipynb #14ae91f1
+# %% ../../nbs/180_data.clean.ipynb #047f03f8
 KEPT_SIGNS = frozenset("©®™ℹ‼⁉〰〽㊗㊙Ⓜ♀♂♾✖↔↕")
 # the blocks that emoji come from, with the characters that join them
-_SIGNS = re.compile("[\u200d\u2139-\u2bff\ufe0f\U000e0020-\U000e007f\U0001f000-\U0001faff]+")
+_SIGNS = re.compile("[\u200d\u2139-\u2bff\ufe0f\U000e0020-\U000e007f\U0001f000-\U0001faff]{1,64}")
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f"
                         "\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff\U000e0000-\U000e01ef]")
 _BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u115f\u1160\u2800\u3164\uffa0\ue000-\uf8ff\U0001f1e6-\U0001f1ff\U000f0000-\U0010ffff]")
@@ -60,13 +75,28 @@ def _plain_sign(sign: str, _details: dict) -> str:
     bare = sign.rstrip("\ufe0f")
     return bare if bare in KEPT_SIGNS else " "
 
-# %% ../../nbs/180_data.clean.ipynb #83699363
+# %% ../../nbs/180_data.clean.ipynb #53281b30
 _ENTITY = re.compile(r"&(?:amp;)*(?:#[0-9]{3,7}(?![0-9;])|(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});)")
 # UTF-8 read as another encoding: two neighbours from a Western code page, a control character, or a letter without
 # the \xa0 that belonged to it
 _MAYBE_MOJIBAKE = re.compile(r"[\x80-\u2fff]{2}|[\x80-\x9f]|[ÂÃ] ")
 _LOST_APOSTROPHE = re.compile(r"(?<=[a-z])â€(?=(?:s|t|d|m|re|ve|ll)\b)", re.IGNORECASE)
 _WIDTH_FORMS = re.compile(r"[\uff01-\uffef]+")
+_MOST_PASSES = 8
+_PAST_16_BITS = re.compile("[\U00010000-\U0001ffff]")
+
+
+@cache
+def _many_accents(last: int) -> re.Pattern:
+    "Finds more than 30 combining characters up to the code point `last` in a row."
+    accent = "[" + re.escape("".join(sign for sign in map(chr, range(0x300, last + 1)) if unicodedata.combining(sign))) + "]"
+    return re.compile(f"{accent}{accent}{{30,}}")
+
+
+def _few_accents(text: str) -> str:
+    "The text with at most 30 combining characters in a row."
+    last = 0x1ffff if _PAST_16_BITS.search(text) else 0xffff  # where that is enough, the search is thirty times as fast
+    return _many_accents(last).sub(lambda accents: accents[0][:30], text)
 
 
 def _clean_once(text: str, repair: bool) -> str:
@@ -80,15 +110,18 @@ def _clean_once(text: str, repair: bool) -> str:
             text = _LOST_APOSTROPHE.sub("’", ftfy.fix_encoding(text))
         text = _WIDTH_FORMS.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
         text = _SIGNS.sub(lambda signs: emoji.replace_emoji(signs[0], _plain_sign), text)
-        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+        text = unicodedata.normalize("NFC", _few_accents(_INVISIBLE.sub("", text)))
     return " ".join(_BLANK.sub(" ", text).split())
 
 
 def _settled(text: str, repair: bool) -> str:
-    "Passes until nothing changes."
-    before, text = text, _clean_once(text, repair)
-    while text != before:
-        before, text = text, _clean_once(text, repair)
+    "Passes until nothing changes; without `<` and `&` where that takes too many."
+    for _ in range(2):
+        for _ in range(_MOST_PASSES):
+            before, text = text, _clean_once(text, repair)
+            if text == before:
+                return text
+        text = text.replace("<", " ").replace("&", " ")
     return text
 
 # %% ../../nbs/180_data.clean.ipynb #95e61c8a
@@ -105,7 +138,7 @@ def clean(text: str) -> str:
         cleaned = _settled(text, True) or text
     return cleaned
 
-# %% ../../nbs/180_data.clean.ipynb #84ad381c
+# %% ../../nbs/180_data.clean.ipynb #455ff597
 def clean_texts(values: pd.Series) -> pd.Series:
     """`clean` for a column: each distinct text once, with a progress bar from 10,000 texts on.
 
@@ -116,7 +149,7 @@ def clean_texts(values: pd.Series) -> pd.Series:
         raise InputError(f"Column {values.name!r} holds {len(strange)} distinct values that are no text, such as "
                          f"{strange[:3]!r}: convert them to text first.")
     cleaned = [clean(text) for text in tqdm(distinct, desc=values.name, unit=" texts", leave=False, disable=len(distinct) < 10_000)]
-    return pd.Series(pd.array(cleaned, dtype="str").take(codes), index=values.index, name=values.name)
+    return pd.Series(cleaned, dtype="str").take(codes).set_axis(values.index).rename(values.name)
 
 # %% ../../nbs/180_data.clean.ipynb #f5fd2b9d
 def _clean_kept(values: pd.Series) -> pd.Series:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['competition_files', 'load_competition']
 
-# %% ../../nbs/110_data.competition.ipynb #c26d260e
+# %% ../../nbs/110_data.competition.ipynb #54d51817
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..contract import PAIR_KEY, PRODUCT_KEY, SPLITS, InputError, count_of, quote_some
-from .read import (TABLE_SUFFIXES, Esci, check_examples, columns_of, drop_repeats, read_examples, read_products, read_table,
-                               table_files)
+from .read import (TABLE_SUFFIXES, Esci, as_text, check_examples, columns_of, drop_repeats, free_numbers, read_examples,
+                               read_products, read_table, table_files)
 
 # %% ../../nbs/110_data.competition.ipynb #9b012efa
 def _kind_of(columns: Sequence[str]) -> str:
@@ -52,18 +52,16 @@ def _ranked_lists(paths: Sequence[Path], split: str, folder: Path) -> list[Path]
                          "one into a folder task_1, others into task_2.")
     return lists or list(paths if len(paths) == 1 else [])
 
-# %% ../../nbs/110_data.competition.ipynb #c9c3e828
+# %% ../../nbs/110_data.competition.ipynb #e0eae88c
 def _fill_query_ids(frame: pd.DataFrame, has_id: np.ndarray) -> pd.Series:
     "Query numbers for rows that have none: the number of the same text and locale in another file, else a new one."
     if has_id.all():
         return frame["query_id"]
-    text = ["product_locale", "query"]
-    numbered = frame.loc[has_id, [*text, "query_id"]].drop_duplicates(text)
-    ids = frame[text].merge(numbered, how="left", on=text)["query_id"]
-    new = ids.isna().to_numpy()
-    start = int(numbered["query_id"].max()) + 1 if len(numbered) else 0
-    ids[new] = start + pd.factorize(pd.MultiIndex.from_frame(frame.loc[new, text]))[0]
-    return frame["query_id"].where(has_id, ids.astype("int64"))
+    text, ids = pd.factorize(pd.MultiIndex.from_frame(frame[["product_locale", "query"]]))[0], frame["query_id"]
+    number_of = ids[has_id].groupby(text[has_id]).first()
+    new = pd.unique(text[~np.isin(text, number_of.index)])
+    number_of = pd.concat([number_of, pd.Series(free_numbers(number_of, len(new)), new, dtype="int64")])
+    return ids.where(has_id, number_of.loc[text].to_numpy())
 
 # %% ../../nbs/110_data.competition.ipynb #d68a87f2
 def _refuse_contradictions(frame: pd.DataFrame, folder: Path) -> None:
@@ -93,11 +91,12 @@ def _join_judgements(parts: Mapping[Path, pd.DataFrame], columns: Mapping[Path, 
         frame["example_id"] = np.arange(len(frame))
     return check_examples(frame, str(folder))
 
-# %% ../../nbs/110_data.competition.ipynb #3422c20e
+# %% ../../nbs/110_data.competition.ipynb #7b929e69
 def _skip_substitutes(path: Path, examples: pd.DataFrame) -> None:
     "Warn if a file of task 3 holds pairs that nothing else labels."
     pair = ["query", "product_id", "product_locale"]
-    frame = read_table(path, pair, required=pair).astype("str").drop_duplicates()
+    table = read_table(path, pair, required=pair)
+    frame = pd.DataFrame({name: as_text(table[name], str(path)) for name in pair}).drop_duplicates()
     labelled = examples.loc[examples["esci_label"] != "", pair].drop_duplicates()
     missing = int((frame[pair].merge(labelled, how="left", on=pair, indicator=True)["_merge"] == "left_only").sum())
     if missing:

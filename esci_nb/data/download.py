@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OFFICIAL_URL', 'FILES', 'RemoteFile', 'download']
 
-# %% ../../nbs/120_data.download.ipynb #5c4d7115
+# %% ../../nbs/120_data.download.ipynb #39c3cae4
 import http.client
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..contract import EXAMPLES_FILE, PRODUCTS_FILE, InputError, reason_of
+from ..files import folder_lock
 from ..identity import digest_file
 
 # %% ../../nbs/120_data.download.ipynb #f060a08b
@@ -40,7 +42,7 @@ FILES = (
     RemoteFile(PRODUCTS_FILE, 1_108_857_465, "25124442d064d64b26f74082d6fa09438d679efc0c183cf28d19064a2b65a265"),
 )
 
-# %% ../../nbs/120_data.download.ipynb #b8e3d826
+# %% ../../nbs/120_data.download.ipynb #e77386bd
 _TIMEOUT_S = 60
 _CHUNK_BYTES = 1 << 20
 
@@ -50,14 +52,28 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+class _OtherFile(Exception):
+    "What the server sends is no part of the file."
+
+
+def _whole_size(answer: http.client.HTTPResponse, start: int) -> int | None:
+    "The size of the whole file of which an answer is the bytes from `start` on; -1 where it says another start, None where it says nothing."
+    if said := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", "")):
+        return int(said[2]) if int(said[1]) == start else -1
+    length = answer.headers.get("Content-Length")
+    return start + int(length) if length else None
+
+
 def _append(url: str, part: Path, file: RemoteFile) -> None:
-    "Stream what is missing to the end of the part; a server that ignores Range makes us start over."
+    "Stream what is missing to the end of the part; a server that ignores Range makes us start over, one with another file changes nothing."
     from tqdm.auto import tqdm
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
         if answer.status != 206:
             have = 0
+        if _whole_size(answer, have) not in (file.size, None):
+            raise _OtherFile
         with part.open("ab" if have else "wb") as out, \
                 tqdm(total=file.size, initial=have, unit="B", unit_scale=True, desc=file.name) as bar:
             while have <= file.size and (chunk := answer.read(_CHUNK_BYTES)):
@@ -65,41 +81,44 @@ def _append(url: str, part: Path, file: RemoteFile) -> None:
                 have += len(chunk)
                 bar.update(len(chunk))
 
-# %% ../../nbs/120_data.download.ipynb #789e5766
-def _fetch(url: str, folder: Path, file: RemoteFile) -> None:
-    "One file into its part, from where the part ends, then checked and renamed."
-    part = file.part(folder)
-    if _size(part) > file.size:
-        part.unlink()
+# %% ../../nbs/120_data.download.ipynb #28e7b2d6
+def _fill(url: str, part: Path, file: RemoteFile) -> bool:
+    "Fetch what the part lacks; whether the whole is the file. One that is not is removed. Raises `InputError` where no whole comes."
     try:
         if _size(part) < file.size:
             _append(url, part, file)
+    except _OtherFile:
+        return False
     except urllib.error.HTTPError as error:
-        raise InputError(f"{url} answered {error.code} ({error.reason}): check the address.") from error
+        if error.code != 416:  # nothing lies from the end of the part on
+            raise InputError(f"{url} answered {error.code} ({error.reason}): check the address.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = reason_of(getattr(error, "reason", None) or error)
         raise InputError(f"Fetching {url} failed after {_size(part):,} of {file.size:,} bytes ({reason}): check the connection and call "
                          "again, it goes on from there.") from error
-    if _size(part) < file.size:
-        raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on from there.")
-    if not file.is_right(part):
+    else:
+        if _size(part) < file.size:
+            raise InputError(f"Fetching {url} ended after {_size(part):,} of {file.size:,} bytes: call again, it goes on from there.")
+        if file.is_right(part):
+            return True
+    part.unlink()
+    return False
+
+
+def _fetch(url: str, folder: Path, file: RemoteFile) -> None:
+    "One file into its part, then renamed. A part from before may be of something else; then it is fetched from the start."
+    part = file.part(folder)
+    if _size(part) > file.size:
         part.unlink()
+    there = part.exists()
+    if not _fill(url, part, file) and (not there or part.exists() or not _fill(url, part, file)):
         raise InputError(f"What {url} sent is not the expected file of {file.size:,} bytes with SHA-256 {file.sha256[:12]}..., so it was "
-                         "removed: call again, or check the address.")
+                         "not kept: call again, or check the address.")
     part.replace(folder / file.name)
 
-# %% ../../nbs/120_data.download.ipynb #6275ba0b
-def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[RemoteFile] = FILES) -> list[Path]:
-    """The official files in `folder`, fetched where they are not there yet; returns their paths.
-
-    An unfinished file is `<name>.part`, and a later call goes on from its end. A file gets its name only when size and SHA-256
-    are right. Raises `InputError` when there is no connection, the server refuses, the contents are not the published ones (the
-    part is removed then) or the disk is too small (checked before anything is fetched)."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made ({reason_of(error)}): give another one.") from error
+# %% ../../nbs/120_data.download.ipynb #e12d8d75
+def _fetch_missing(folder: Path, base_url: str, files: Sequence[RemoteFile]) -> None:
+    "Fetch the files that are not there, if the disk has room for them."
     missing = [file for file in files if not file.is_right(folder / file.name)]
     needed = sum(max(0, file.size - _size(file.part(folder))) for file in missing)
     free = shutil.disk_usage(folder).free
@@ -108,4 +127,21 @@ def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[R
                          "folder on another disk.")
     for file in missing:
         _fetch(f"{base_url.rstrip('/')}/{file.name}", folder, file)
+
+
+def download(folder: str | Path, base_url: str = OFFICIAL_URL, files: Sequence[RemoteFile] = FILES) -> list[Path]:
+    """The official files in `folder`, fetched where they are not there yet; returns their paths.
+
+    An unfinished file is `<name>.part`, and a later call goes on from its end. A file gets its name only when size and SHA-256
+    are right. Of several calls at once, one fetches and the others wait. Raises `InputError` when there is no connection, the server refuses, the contents are not the published ones (the
+    part is removed then) or the disk is too small (checked before anything is fetched)."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be made ({reason_of(error)}): give another one.") from error
+    if all(file.is_right(folder / file.name) for file in files):
+        return [folder / file.name for file in files]
+    with folder_lock(folder):
+        _fetch_missing(folder, base_url, files)
     return [folder / file.name for file in files]

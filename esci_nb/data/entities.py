@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['mark_texts', 'tag_texts', 'mark_table']
 
-# %% ../../nbs/208_data.entities.ipynb #47f54303
+# %% ../../nbs/208_data.entities.ipynb #6fd59128
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,6 +19,7 @@ from .gazetteer import SURE, UNSURE, Column, Gazetteer, build_gazetteers, neighb
 from .markers import (ENTITY_TYPES, MARKED_FIELDS, MARKERS, TextChunk, chunk_slices, escape_markers, insert_markers,
                                   without_overlap)
 from .patterns import pattern_spans
+from ..processes import end_with_parent
 
 # %% ../../nbs/208_data.entities.ipynb #dc00251c
 def _gazetteer_spans(chunk: TextChunk, gazetteer: Gazetteer, columns: Sequence[Column] | None, texts: slice) -> np.ndarray:
@@ -48,12 +50,15 @@ def _mark_chunk(texts: Sequence[str], gazetteer: Gazetteer, columns: Sequence[Co
         spans.append(np.column_stack([inside, tagged[:, 3], np.full(len(tagged), 4)]))
     return insert_markers(chunk, without_overlap(np.concatenate(spans)))
 
-# %% ../../nbs/208_data.entities.ipynb #ca54bd35
+# %% ../../nbs/208_data.entities.ipynb #64bf5658
 _SHARED: list = []                     # what the parts of one `mark_texts` have in common, in every process
 
 
-def _share(*work) -> None:
+def _share(parent: int, *work) -> None:
+    "Keep what a process works on; one that was started for it ends with its `parent` (0: this process itself does the work)."
     _SHARED[:] = work
+    if parent:
+        end_with_parent(parent)
 
 
 def _mark_part(part: slice) -> list[str]:
@@ -76,10 +81,10 @@ def mark_texts(texts: Sequence[str], gazetteer: Gazetteer, brands: Sequence[str]
     parts = list(chunk_slices(texts))
     bar = dict(total=len(parts), desc="entities", unit_scale=20_000, unit=" texts", leave=False, disable=len(parts) < 3)
     if workers > 1 and len(parts) > 1:
-        with ProcessPoolExecutor(workers, initializer=_share, initargs=(texts, gazetteer, columns, tagged)) as pool:
+        with ProcessPoolExecutor(workers, initializer=_share, initargs=(os.getpid(), texts, gazetteer, columns, tagged)) as pool:
             marked = list(tqdm(pool.map(_mark_part, parts), **bar))
     else:
-        _share(texts, gazetteer, columns, tagged)
+        _share(0, texts, gazetteer, columns, tagged)
         marked = [_mark_part(part) for part in tqdm(parts, **bar)]
         _SHARED.clear()
     return [text for of_part in marked for text in of_part]
@@ -114,7 +119,7 @@ def tag_texts(texts: Sequence[str], tagger: str, types: Mapping[str, str] = _TAG
              for i, of_text in entities for span in of_text if span["entity_group"].upper() in types]
     return np.array([span for span in spans if texts[span[0]][span[1]:span[2]].strip()], np.int64).reshape(-1, 4)
 
-# %% ../../nbs/208_data.entities.ipynb #7b640e53
+# %% ../../nbs/208_data.entities.ipynb #011dd3b0
 def _in_markers(values: pd.Series, kind: str) -> pd.Series:
     "A column whose values are entities as a whole."
     before, after = MARKERS[kind]
@@ -144,7 +149,8 @@ def mark_table(rows: pd.DataFrame, products: pd.DataFrame, gazetteers: Mapping[s
         here = np.flatnonzero((products["product_locale"] == locale).to_numpy())
         tagged = tag_texts(title[here], tagger) if tagger else None
         title[here] = mark_texts(title[here], gazetteer, brand[here], colour[here], tagged, workers)
-    return (rows.assign(query=pd.array(query, dtype="str")),
-            products.assign(product_title=pd.array(title, dtype="str"),
+    long = {name: products[name].fillna("").map(escape_markers) for name in ("product_bullet_point", "product_description") if name in products}
+    return (rows.assign(query=pd.Series(query, rows.index, dtype="str")),
+            products.assign(**long, product_title=pd.Series(title, products.index, dtype="str"),
                             product_brand=_in_markers(products["product_brand"].fillna(""), "brand"),
                             product_color=_in_markers(products["product_color"].fillna(""), "colour")))

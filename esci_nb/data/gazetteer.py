@@ -19,10 +19,10 @@ from ..contract import locale_record, need_columns
 from .markers import HAN, KATAKANA, MARKED_FIELDS, OTHER, TextChunk, chunk_slices, fold_texts, letter_tables
 from .patterns import is_amount
 
-# %% ../../nbs/206_data.gazetteer.ipynb #88df50d6
+# %% ../../nbs/206_data.gazetteer.ipynb #9c47bd0e
 _NO_BRAND = frozenset(fold_texts("generic|unknown|unbranded|no brand|n a|none|various|sin marca|genérico|desconocido"
                                  "|ノーブランド品|ノーブランド|ノンブランド|no|not applicable|does not apply|その他".split("|")))
-_COLOUR_JOIN = re.compile(r"[/,&+×・|;、]|\s+(?:and|with|y|e|con|-)\s+")
+_COLOUR_JOIN = re.compile(r"[/,&+×・|;、]|(?<!\s)\s+(?:and|with|y|e|con|-)\s+")
 _PARTS = re.compile(r"[()\[\]]")
 _HAS_DIGIT = re.compile(r"\d")
 _HAS_LETTER = re.compile(r"[^\W\d_]")

@@ -15,7 +15,7 @@ from .competition import competition_files, load_competition
 from .read import Esci, read_examples, read_products
 from ..identity import digest_file, digest_values
 
-# %% ../../nbs/150_data.load.ipynb #287533fe
+# %% ../../nbs/150_data.load.ipynb #0bb01ccd
 def _existing_folder(folder: str | Path) -> Path:
     "The path of a folder that exists."
     folder = Path(folder)
@@ -28,7 +28,7 @@ def _existing_folder(folder: str | Path) -> Path:
 
 def _released_files(folder: Path) -> dict[str, Path]:
     "The files of the release in a folder, by their name in small letters."
-    return {path.name.lower(): path for path in sorted(folder.iterdir()) if path.name.lower() in (EXAMPLES_FILE, PRODUCTS_FILE)}
+    return {path.name.lower(): path for path in sorted(folder.iterdir()) if path.name.lower() in (EXAMPLES_FILE, PRODUCTS_FILE) and path.is_file()}
 
 # %% ../../nbs/150_data.load.ipynb #918e9196
 def check_catalogue(examples: pd.DataFrame, products: pd.DataFrame, where: str) -> None:

@@ -7,7 +7,7 @@ __all__ = ['ENTITY_TYPES', 'MARKERS', 'SPECIAL_TOKENS', 'MARKED_FIELDS', 'OTHER'
            'strip_markers', 'strip_table', 'letter_tables', 'TextChunk', 'chunk_slices', 'fold_texts',
            'without_overlap', 'insert_markers']
 
-# %% ../../nbs/200_data.markers.ipynb #a6b7b641
+# %% ../../nbs/200_data.markers.ipynb #650cf44e
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,13 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/200_data.markers.ipynb #cb4ac8a0
+from ..contract import TEXT_FIELDS
+
+# %% ../../nbs/200_data.markers.ipynb #dc45cb2b
 ENTITY_TYPES = ("brand", "colour", "quantity", "model")
 MARKERS: dict[str, tuple[str, str]] = {kind: (f"⟦{kind}⟧", f"⟦/{kind}⟧") for kind in ENTITY_TYPES}
 SPECIAL_TOKENS: tuple[str, ...] = tuple(token for pair in MARKERS.values() for token in pair)
-MARKED_FIELDS = ("product_title", "product_brand", "product_color")  # the long fields stay plain
+MARKED_FIELDS = ("product_title", "product_brand", "product_color")  # the long fields get none
 _KINDS = "|".join(ENTITY_TYPES)
 _MARKER = re.compile(rf"⟦(?:{_KINDS})⟧ | ⟦/(?:{_KINDS})⟧")
 _LITERAL = re.compile(rf"⟦(\u200b*/?(?:{_KINDS})⟧)")
@@ -36,10 +38,10 @@ def strip_markers(text: str) -> str:
     "The text as it was before marking, character by character."
     return _ESCAPED.sub(r"⟦\1", _MARKER.sub("", text)) if "⟦" in text else text
 
-# %% ../../nbs/200_data.markers.ipynb #4bf52f0f
+# %% ../../nbs/200_data.markers.ipynb #e94412de
 def strip_table(table: pd.DataFrame) -> pd.DataFrame:
     "A copy of rows or products without markers."
-    columns = [name for name in ("query", *MARKED_FIELDS) if name in table]
+    columns = [name for name in ("query", *TEXT_FIELDS) if name in table and table[name].str.contains("⟦", regex=False, na=False).any()]
     return table.assign(**{name: table[name].map(strip_markers).astype("str") for name in columns})
 
 # %% ../../nbs/200_data.markers.ipynb #3beb650b

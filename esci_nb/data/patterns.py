@@ -57,10 +57,10 @@ def _amounts(text: str) -> list[tuple[int, int]]:
             spans.append((start, match.end()))
     return spans
 
-# %% ../../nbs/203_data.patterns.ipynb #5d6dbc07
+# %% ../../nbs/203_data.patterns.ipynb #766e3f19
 _DIGITS = re.compile(r"[0-9][0-9a-z-]*+")
 _MODEL_NUMBER = re.compile(r"(?=.*[a-z])[0-9a-z]+(?:-[0-9a-z]+){0,4}")
-_JOINS = frozenset("_./+&")
+_JOINS, _IN_MODELS = frozenset("_./+&"), frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 _NO_MODEL = re.compile(
     r"..|.*\d[a-z]{4,}.*|[a-z]\d[a-z]|\d[a-z]{2}|[a-z]{2}\d|[a-z]{3,}-\d"                   # too little of either
     r"|\d+(?:st|nd|rd|th)|\d+-?in-?\d+|(?:19|20)\d\d[a-z]?|\d+[sdgkp]|\d+-[a-z]{2,}(?:-[a-z]+)*|\d+(?:-\d+)+[a-z]?"
@@ -72,11 +72,11 @@ def _model_numbers(text: str) -> list[tuple[int, int]]:
     spans = []
     for match in _DIGITS.finditer(text):
         start, end = match.span()
-        while start and (text[start - 1] in _LATIN or text[start - 1] == "-"):
+        while start and text[start - 1] in _IN_MODELS:
             start -= 1
         word = text[start:end].rstrip("-")
         end = start + len(word)
-        joined = text[start - 1:start] in _JOINS and text[start - 2:start - 1] in _LATIN
+        joined = text[start - 1:start] in _LATIN or text[start - 1:start] in _JOINS and text[start - 2:start - 1] in _LATIN
         if _MODEL_NUMBER.fullmatch(word) and not _NO_MODEL.fullmatch(word) and text[end:end + 1] not in _LATIN and not joined:
             spans.append((start, end))
     return spans

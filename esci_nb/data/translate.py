@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['sentences', 'TranslationCache', 'Translator', 'translate_texts']
 
-# %% ../../nbs/190_data.translate.ipynb #87dbebe3
+# %% ../../nbs/190_data.translate.ipynb #e41275ff
 import contextlib
 import hashlib
 import re
 import sqlite3
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,20 +22,21 @@ from tqdm.auto import tqdm
 
 from ..contract import InputError, locale_record
 
-# %% ../../nbs/190_data.translate.ipynb #1b1b8956
-_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？])\s*|\s*\n\s*")
+# %% ../../nbs/190_data.translate.ipynb #c64c1bc4
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？])\s*|(?<!\s)\s*\n\s*")
 
 
 def sentences(text: str, most: int = 400) -> list[str]:
-    "The sentences of a text; one of more than `most` characters is cut at a space, or where there is none anywhere."
+    "The sentences of a text, in time that grows with its length; one of more than `most` characters is cut at a space, or where there is none anywhere."
     parts = []
     for part in _SENTENCE_END.split(text):
-        while len(part) > most:
-            space = part.rfind(" ", most // 2, most)
-            cut = space if space > 0 else most
-            parts.append(part[:cut].strip())
-            part = part[cut:].strip()
-        parts.append(part.strip())
+        start, last = 0, len(part)
+        while last - start > most:
+            space = part.rfind(" ", start + most // 2, start + most)
+            end = space if space > 0 else start + most
+            parts.append(part[start:end].strip())
+            start, last = next((place for place in range(end, last) if not part[place].isspace()), last), len(part.rstrip())
+        parts.append(part[start:].strip())
     return [part for part in parts if part]
 
 # %% ../../nbs/190_data.translate.ipynb #3d1c9db4
@@ -48,9 +50,9 @@ def _keys(texts: Sequence[str], pair: str, model: str) -> list[bytes]:
         keys.append(digest.digest()[:16])
     return keys
 
-# %% ../../nbs/190_data.translate.ipynb #68005c5a
+# %% ../../nbs/190_data.translate.ipynb #4684b30c
 _SCHEMA = """
-create table if not exists translations (key blob primary key, text text not null) without rowid;
+create table if not exists translations (key blob primary key, text text not null, crc integer) without rowid;
 create table if not exists claims (key blob primary key, worker text not null) without rowid;
 """
 _AT_ONCE = 500  # variables of one SQL statement
@@ -63,19 +65,22 @@ class _Database:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(self.path, timeout=120, isolation_level=None)
-        self.connection.execute("pragma journal_mode = wal")
-        self.connection.execute("pragma synchronous = normal")
+        self.connection.execute("pragma journal_mode = truncate")  # a cache from before may be in WAL mode
         self.connection.executescript(_SCHEMA)
+        if "crc" not in {row[1] for row in self.connection.execute("pragma table_info(translations)")}:
+            with contextlib.suppress(sqlite3.OperationalError):  # a cache from before, and another process was faster
+                self.connection.execute("alter table translations add column crc integer")
 
     def __len__(self) -> int:
         return self.connection.execute("select count(*) from translations").fetchone()[0]
 
-    def select(self, table: str, column: str, keys: Sequence[bytes]) -> dict[bytes, str]:
+    def select(self, table: str, columns: str, keys: Sequence[bytes]) -> dict[bytes, tuple]:
         "The values of those keys that the table has."
         values = {}
         for start in range(0, len(keys), _AT_ONCE):
             some = keys[start:start + _AT_ONCE]
-            values.update(self.connection.execute(f"select key, {column} from {table} where key in ({','.join('?' * len(some))})", some))
+            rows = self.connection.execute(f"select key, {columns} from {table} where key in ({','.join('?' * len(some))})", some)
+            values.update((row[0], row[1:]) for row in rows)
         return values
 
     @contextlib.contextmanager
@@ -99,9 +104,9 @@ def _is_alive(lock: Path) -> bool:
     except Timeout:
         return True
 
-# %% ../../nbs/190_data.translate.ipynb #f8d0c60d
+# %% ../../nbs/190_data.translate.ipynb #d484b821
 class TranslationCache(_Database):
-    """Translations on disk, shared by any number of processes on one machine; use it in a `with` block.
+    """Translations on disk, shared by any number of processes that see the file; use it in a `with` block.
 
     `path`: the SQLite file, made if it is missing; lock files of living workers lie beside it. Raises `InputError` for a file that
     is no such cache or cannot be written.
@@ -120,23 +125,28 @@ class TranslationCache(_Database):
     def __enter__(self) -> "TranslationCache":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.release()
+    def __exit__(self, kind=None, error: BaseException | None = None, trace=None) -> None:
+        with contextlib.suppress(sqlite3.Error):  # one that is broken has no claims to give up
+            self.release()
         self.connection.close()
         self._lock_path(self.worker).unlink(missing_ok=True)
         self.lock.release()
+        if isinstance(error, sqlite3.Error):
+            raise InputError(f"The translation cache {self.path} cannot be used ({error}): delete the file if it is broken.") from error
 
     def _lock_path(self, worker: str) -> Path:
         return self.path.with_name(f"{self.path.name}-{worker}.lock")
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, str]:
-        "The translations that are there."
-        return self.select("translations", "text", keys)
+        "The translations that are there; one whose text has changed since it was stored counts as missing."
+        rows = self.select("translations", "cast(text as blob), crc", keys)
+        return {key: text.decode(errors="replace") for key, (text, crc) in rows.items() if crc is None or crc == zlib.crc32(text)}
 
     def claim(self, keys: Sequence[bytes]) -> list[bytes]:
         "Those of `keys` that are this worker's to translate from now on: not translated, and not claimed by a living worker."
         with self.writing() as connection:
-            done, claims = self.find(keys), self.select("claims", "worker", keys)
+            done = self.find(keys)
+            claims = {key: worker for key, (worker,) in self.select("claims", "worker", keys).items()}
             alive = {worker for worker in set(claims.values()) if worker == self.worker or _is_alive(self._lock_path(worker))}
             mine = [key for key in keys if key not in done and claims.get(key) not in alive]
             connection.executemany("insert or replace into claims values (?, ?)", [(key, self.worker) for key in mine])
@@ -145,7 +155,8 @@ class TranslationCache(_Database):
     def store(self, translations: dict[bytes, str]) -> None:
         "Keep translations, all or none, and give up their claims."
         with self.writing() as connection:
-            connection.executemany("insert or replace into translations values (?, ?)", translations.items())
+            rows = [(key, text, zlib.crc32(text.encode())) for key, text in translations.items()]
+            connection.executemany("insert or replace into translations (key, text, crc) values (?, ?, ?)", rows)
             connection.executemany("delete from claims where key = ?", [(key,) for key in translations])
 
     def release(self) -> None:

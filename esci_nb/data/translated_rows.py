@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mark_originals', 'add_translations']
 
-# %% ../../nbs/196_data.translated_rows.ipynb #8c109e07
+# %% ../../nbs/196_data.translated_rows.ipynb #0983351a
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..contract import LOCALES, InputError, is_original, locale_record, need_columns
 from .merge import normalise_query
+from .read import free_numbers
 from .translate import TranslationCache, Translator, translate_texts
 
 # %% ../../nbs/196_data.translated_rows.ipynb #ea7941fe
@@ -24,7 +25,7 @@ def mark_originals(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with the columns `language` (their locale) and `origin` (their own example_id)."
     return rows.assign(language=rows["product_locale"], origin=rows["example_id"])
 
-# %% ../../nbs/196_data.translated_rows.ipynb #fd1535a6
+# %% ../../nbs/196_data.translated_rows.ipynb #e6234f45
 def _translate_column(values: pd.Series, source: str, target: str, translator: Translator, cache: TranslationCache,
                       keep: bool) -> pd.Series:
     "Each distinct text translated once; `keep`: a text that would become empty stays as it is."
@@ -32,7 +33,7 @@ def _translate_column(values: pd.Series, source: str, target: str, translator: T
     new = translate_texts(texts.tolist(), source, target, translator, cache)
     if keep:
         new = [after or before for after, before in zip(new, texts)]
-    return pd.Series(pd.array(new, dtype="str").take(codes), index=values.index) if len(codes) else values
+    return pd.Series(new, dtype="str").take(codes).set_axis(values.index) if len(codes) else values
 
 
 def _translate_rows(rows: pd.DataFrame, source: str, target: str, translator: Translator, cache: TranslationCache,
@@ -66,7 +67,7 @@ def _reads_like_another_part(new: pd.DataFrame, part_of_text: pd.Series) -> np.n
     part = _text_key(new).map(part_of_text)
     return (part.notna() & (part != new["fold"])).to_numpy()
 
-# %% ../../nbs/196_data.translated_rows.ipynb #7ac0e467
+# %% ../../nbs/196_data.translated_rows.ipynb #98b0dd2c
 def _check(rows: pd.DataFrame, languages: Sequence[str], weight: float) -> None:
     for language in languages:
         locale_record(language)
@@ -90,7 +91,7 @@ def add_translations(rows: pd.DataFrame, products: pd.DataFrame, languages: Sequ
     _check(rows, languages, weight)
     rows = mark_originals(rows)
     row_parts, product_parts = [rows], [products.assign(language=products["product_locale"])]
-    part_of_text, next_id, counts = _part_of_text(rows), int(rows["example_id"].max()) + 1, {"rows": 0, "left out": 0}
+    part_of_text, counts = _part_of_text(rows), {"rows": 0, "left out": 0}
     known = [locale for locale in LOCALES if locale in translator.locales]
     for source, target in itertools.product(known, dict.fromkeys(languages)):
         train = rows[(rows["split"] == "train") & (rows["product_locale"] == source)]
@@ -98,10 +99,10 @@ def add_translations(rows: pd.DataFrame, products: pd.DataFrame, languages: Sequ
             continue
         new = _translate_rows(train, source, target, translator, cache, weight)
         keep = ~_reads_like_another_part(new, part_of_text)
-        row_parts.append(new[keep].assign(example_id=np.arange(next_id, next_id + keep.sum())))
+        taken = np.concatenate([part["example_id"] for part in row_parts])
+        row_parts.append(new[keep].assign(example_id=free_numbers(taken, int(keep.sum()))))
         goods = products[(products["product_locale"] == source) & products["product_id"].isin(train["product_id"][keep])]
         product_parts.append(_translate_products(goods, source, target, translator, cache))
-        next_id += int(keep.sum())
         counts = {"rows": counts["rows"] + int(keep.sum()), "left out": counts["left out"] + int((~keep).sum())}
     joined = pd.concat(row_parts, ignore_index=True)
     joined.attrs = dict(rows.attrs) | {"translated": counts}

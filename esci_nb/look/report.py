@@ -6,7 +6,7 @@
 __all__ = ['ENSEMBLE', 'BM25', 'RANDOM', 'ScoredLists', 'score_rows', 'score_lists', 'compare', 'plot_ladder', 'plot_against',
            'plot_scores']
 
-# %% ../../nbs/740_look.report.ipynb #67401ca0
+# %% ../../nbs/740_look.report.ipynb #dffbd70c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..contract import LABELS, PROB_COLUMNS, TEXT_FIELDS, InputError
 from ..data.markers import strip_table
-from ..data.merge import join_products
+from ..data.merge import join_products, match_rows
 from ..folders import DataFolder, read_predictions
 from .figures import draw_box, legend_beside, scatter_lists
 from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap, per_locale, random_ndcg, ranking_score
@@ -48,7 +48,7 @@ class ScoredLists:
         table = per_locale(self.ndcg[ENSEMBLE], self.locale).set_index("locale")
         return table.assign(**{name: per_locale(self.ndcg[name], self.locale).set_index("locale")["ndcg"] for name in (BM25, RANDOM)})
 
-# %% ../../nbs/740_look.report.ipynb #49809e66
+# %% ../../nbs/740_look.report.ipynb #3aaeef14
 def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[str, pd.DataFrame]) -> ScoredLists:
     """Score labelled ranked `rows` by the ensemble (and members) in `probabilities`, by BM25 over all text and at random.
 
@@ -58,7 +58,8 @@ def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[s
     gain, query = gains_of(rows["esci_label"]), rows["query_id"].to_numpy()
     systems = {}
     for name, table in probabilities.items():
-        aligned = rows[["example_id"]].merge(table, on="example_id", how="left", validate="one_to_one")
+        place = match_rows(rows, table, name)
+        aligned = table.assign(place=place).drop_duplicates("place").set_index("place").reindex(range(len(rows)))
         missing = int(aligned[PROB_COLUMNS[0]].isna().sum())
         if missing:
             raise InputError(f"{name} lacks {missing} of {len(rows)} labelled candidates; its runs belong to other data.")
@@ -69,11 +70,9 @@ def score_rows(rows: pd.DataFrame, products: pd.DataFrame, probabilities: dict[s
     scores[RANDOM] = random_ndcg(query, gain)
     return ScoredLists(rows.assign(score=systems[ENSEMBLE]), pd.DataFrame(scores))
 
-# %% ../../nbs/740_look.report.ipynb #723cb01f
+# %% ../../nbs/740_look.report.ipynb #dfb4af81
 def score_lists(data: DataFolder, ensemble: Path, members: Sequence[Path]) -> dict[str, ScoredLists]:
-    """The `ScoredLists` of an ensemble and its members, for `oof` and `test` as far as there are labels.
-
-    Raises `InputError` when the ensemble predicts no labelled ranked list of `data`."""
+    "The `ScoredLists` of an ensemble and its members, for `oof` and `test` as far as there are labels and some list has a product with a gain."
     collected = collect(members)
     ranked = data.rows[(data.rows["source"] == "task1") & (data.rows["esci_label"] != "")]
     parts = {}
@@ -82,9 +81,7 @@ def score_lists(data: DataFolder, ensemble: Path, members: Sequence[Path]) -> di
         if len(rows) and (Path(ensemble) / f"{part}.parquet").is_file():
             whole = {name: table for name, table in tables.items() if rows["example_id"].isin(table["example_id"]).all()}
             parts[part] = score_rows(rows, data.products, {ENSEMBLE: read_predictions(ensemble, part)} | (whole if len(tables) > 1 else {}))
-    if not parts:
-        raise InputError(f"{data.path} has no labelled ranked lists that {ensemble} predicts; there is nothing to report.")
-    return parts
+    return {part: scored for part, scored in parts.items() if scored.ndcg[RANDOM].notna().any()}
 
 # %% ../../nbs/740_look.report.ipynb #91bc008a
 def compare(scored: ScoredLists, reference: str = BM25) -> pd.DataFrame:

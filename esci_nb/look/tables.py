@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'SOURCES_FILE', 'Catalogue', 'codes_of', 'label_names', 'locale_names', 'EdaData', 'make_eda', 'open_eda']
 
-# %% ../../nbs/700_look.tables.ipynb #c6172033
+# %% ../../nbs/700_look.tables.ipynb #c6a18959
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,29 +17,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..contract import (EXAMPLES_FILE, LABELS, LOCALES, PRODUCT_COLUMNS, PRODUCT_KEY, PRODUCTS_FILE, InputError, count_of,
-                              need_columns, reason_of)
+from ..contract import (EXAMPLE_COLUMNS, EXAMPLES_FILE, LABELS, LOCALES, PRODUCT_COLUMNS, PRODUCT_KEY, PRODUCTS_FILE, InputError,
+                              count_of, need_columns)
 from ..data.load import load
-from ..data.read import read_examples
+from ..data.read import as_integer, as_text, columns_of, drop_repeats, read_examples, read_table, text_array, whole_parquet
 from ..folders import open_data
 
-# %% ../../nbs/700_look.tables.ipynb #4e05bcbb
+# %% ../../nbs/700_look.tables.ipynb #45792c6d
 PIECE = 1 << 16  # products that are in memory at a time
 
 
-def _take(file: pq.ParquetFile, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    "The rows at ascending, distinct `positions`, from the row groups that hold them, in pieces."
+def _take(file: pq.ParquetFile, positions: np.ndarray, columns: Sequence[str], where: str) -> pa.Table:
+    "The rows at ascending, distinct `positions`, from the row groups that hold them, in pieces; all text, null where it is missing."
     ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-    parts = [file.schema_arrow.empty_table().select(columns)]
+    parts = [pa.table({name: pa.array([], pa.large_string()) for name in columns})]
     for group in np.unique(np.searchsorted(ends, positions, side="right")).tolist():
         start = ends[group] - file.metadata.row_group(group).num_rows
         for batch in file.iter_batches(PIECE, row_groups=[group], columns=list(columns)):
             inside = slice(*np.searchsorted(positions, [start, start + batch.num_rows]))
-            parts.append(pa.table(batch).select(columns).take(pa.array(positions[inside] - start)))
+            whole, chosen = pa.table(batch), pa.array(positions[inside] - start)
+            parts.append(pa.table({name: text_array(whole[name], where, name, start).take(chosen) for name in columns}))
             start += batch.num_rows
     return pa.concat_tables(parts)
 
-# %% ../../nbs/700_look.tables.ipynb #72d4d855
+# %% ../../nbs/700_look.tables.ipynb #5392f853
 class Catalogue:
     """The products, a column at a time: `products` is a parquet file, or a table that is packed like one.
 
@@ -48,24 +49,29 @@ class Catalogue:
     """
 
     def __init__(self, products: Path | pa.Table):
-        name = products
+        self._where = str(products)
         if isinstance(products, pa.Table):
-            name, packed = "the table", pa.BufferOutputStream()
+            self._where, packed = "the table", pa.BufferOutputStream()
             pq.write_table(products, packed)
             products = pa.BufferReader(packed.getvalue())
-        try:
+        with whole_parquet(self._where):
             self._file = pq.ParquetFile(products)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{name} cannot be read as parquet ({reason_of(error)}): get the file again.") from None
-        need_columns(self._file.schema_arrow.empty_table().to_pandas(ignore_metadata=True), PRODUCT_COLUMNS, f"The catalogue of {name}")
+            names = self._file.schema_arrow.names
+        need_columns(pd.DataFrame(columns=names), PRODUCT_COLUMNS, f"The catalogue of {self._where}")
+        if not len(self):
+            raise InputError(f"{self._where} has a header but no rows: get the file again.")
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows
 
     def pieces(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         "The columns, `PIECE` products at a time."
-        for batch in self._file.iter_batches(PIECE, columns=list(columns)):
-            yield pa.table({name: pc.fill_null(batch.column(name), "") for name in columns})
+        start = 0
+        with whole_parquet(self._where):
+            for batch in self._file.iter_batches(PIECE, columns=list(columns)):
+                texts = (text_array(pa.chunked_array([batch.column(name)]), self._where, name, start) for name in columns)
+                yield pa.table({name: text.fill_null("") for name, text in zip(columns, texts)})
+                start += batch.num_rows
 
     def column(self, name: str) -> pa.ChunkedArray:
         "One column of all products."
@@ -74,13 +80,15 @@ class Catalogue:
     def take(self, positions: Sequence[int], columns: Sequence[str] = PRODUCT_COLUMNS) -> pd.DataFrame:
         "The products at `positions`, in that order; a position may occur twice."
         distinct, place = np.unique(np.asarray(positions, np.int64), return_inverse=True)
-        frame = _take(self._file, distinct, columns).to_pandas(ignore_metadata=True).fillna("").astype("str")
+        with whole_parquet(self._where):
+            table = _take(self._file, distinct, columns, self._where)
+        frame = pa.table([table[name].fill_null("") for name in columns], list(columns)).to_pandas()
         return frame.iloc[place].reset_index(drop=True)
 
     @cached_property
     def locale(self) -> np.ndarray:
         "Position in `LOCALES` of each product: int8 (products,)."
-        codes = pc.index_in(self.column("product_locale"), value_set=pa.array(LOCALES))
+        codes = pc.index_in(self.column("product_locale"), value_set=pa.array(LOCALES, pa.large_string()))
         if codes.null_count:
             raise InputError(f"The catalogue, column product_locale, has values outside {', '.join(LOCALES)} in "
                              f"{count_of(codes.null_count, 'row')}: correct or drop them.")
@@ -170,7 +178,7 @@ def make_eda(name: str, examples: pd.DataFrame, catalogue: Catalogue, kinds: pd.
                          "ranked": (examples["small_version"] == 1).to_numpy(), "test": (examples["split"] == "test").to_numpy()})
     return EdaData(name, rows, queries, catalogue, kinds, cleaned)
 
-# %% ../../nbs/700_look.tables.ipynb #40235063
+# %% ../../nbs/700_look.tables.ipynb #5e356852
 SOURCES_FILE = "shopping_queries_dataset_sources.csv"
 
 
@@ -179,15 +187,13 @@ def _read_kinds(folder: Path) -> pd.DataFrame | None:
     path = Path(folder) / SOURCES_FILE
     if not path.is_file():
         return None
-    try:
-        kinds = pd.read_csv(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as csv ({reason_of(error)}): get the file again, or remove it.") from None
-    if not {"query_id", "source"} <= set(kinds):
-        raise InputError(f"{path} has the columns {', '.join(map(str, kinds))}, but query_id and source are needed: get the file again.")
-    return kinds[["query_id", "source"]]
+    if not {"query_id", "source"} <= set(names := columns_of(path)):
+        raise InputError(f"{path} has the columns {', '.join(names)}, but query_id and source are needed: get the file again.")
+    table = read_table(path, ("query_id", "source"), required=("query_id", "source"))
+    kinds = pd.DataFrame({"query_id": as_integer(table["query_id"], str(path)), "source": as_text(table["source"], str(path))})
+    return drop_repeats(kinds, ["query_id"], "query", str(path))
 
-# %% ../../nbs/700_look.tables.ipynb #1db5aa91
+# %% ../../nbs/700_look.tables.ipynb #06ace2dd
 def _open_prepared(folder: Path) -> EdaData:
     "A data folder that the stage preprocess wrote."
     prepared = open_data(folder)
@@ -207,6 +213,6 @@ def open_eda(source: str | Path) -> EdaData:
         return _open_prepared(folder)
     name = folder.resolve().name if folder.exists() else str(source)
     if str(source) != "sample" and (folder / EXAMPLES_FILE).is_file() and (folder / PRODUCTS_FILE).is_file():
-        return make_eda(name, read_examples(folder / EXAMPLES_FILE), Catalogue(folder / PRODUCTS_FILE), _read_kinds(folder))
+        return make_eda(name, read_examples(folder / EXAMPLES_FILE, required=EXAMPLE_COLUMNS), Catalogue(folder / PRODUCTS_FILE), _read_kinds(folder))
     esci = load(source)
     return make_eda(name, esci.examples, Catalogue(pa.Table.from_pandas(esci.products, preserve_index=False)))

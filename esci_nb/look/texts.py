@@ -7,7 +7,7 @@ __all__ = ['quality_table', 'plot_missing', 'cleaning_table', 'plot_cleaning', '
            'plot_cut', 'name_counts', 'tail_table', 'plot_tail', 'plot_top_names', 'winners_table', 'query_table',
            'plot_query_length', 'borrowed_queries', 'plot_mixing', 'overlap_table', 'plot_overlap']
 
-# %% ../../nbs/710_look.texts.ipynb #c03745ca
+# %% ../../nbs/710_look.texts.ipynb #40c90745
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..bm25 import cut_long_runs
 from ..contract import LABELS, LOCALES, TEXT_FIELDS
 from .figures import cumulative_lines, draw_box, legend_beside, line_of, matrix, paired_bars, shades, span
 from .tables import EdaData, codes_of, label_names, locale_names
@@ -114,7 +115,7 @@ def plot_cleaning(table: pd.DataFrame, cleaned: bool = False):
         axes[0].figure.suptitle("These texts went through clean before: hardly anything is left", fontsize=9)
     return axes
 
-# %% ../../nbs/710_look.texts.ipynb #fcc50326
+# %% ../../nbs/710_look.texts.ipynb #3e6f2f6f
 def _token_counter(tokenizer, texts: Sequence[str]) -> Callable[[list[str]], list[list[int]]]:
     "A function from texts to their token ids: of a fast `tokenizer`, or for None of a WordPiece with 16,000 pieces trained on `texts`."
     if tokenizer is not None:
@@ -122,7 +123,7 @@ def _token_counter(tokenizer, texts: Sequence[str]) -> Callable[[list[str]], lis
         return lambda batch: tokenizer(batch, **options)["input_ids"]
     from tokenizers import BertWordPieceTokenizer
     small = BertWordPieceTokenizer(lowercase=True, strip_accents=False)
-    small.train_from_iterator(list(texts), vocab_size=16_000, show_progress=False)
+    small.train_from_iterator([cut_long_runs(text) for text in texts], vocab_size=16_000, show_progress=False)
     return lambda batch: [encoded.ids for encoded in small.encode_batch(batch, add_special_tokens=False)]
 
 
@@ -142,7 +143,7 @@ def token_lengths(data: EdaData, tokenizer=None, n: int = 1500, seed: int = 0) -
         lengths[name] = np.array([len(ids) for ids in count(list(distinct))])[code]
     return pd.DataFrame({"locale": locale_names(data.locale[rows])} | lengths)
 
-# %% ../../nbs/710_look.texts.ipynb #54872104
+# %% ../../nbs/710_look.texts.ipynb #90252b1b
 def plot_lengths(lengths: pd.DataFrame, tokenizer_name: str = "a small one, trained here"):
     "Tokens by field and locale, from `token_lengths`, without blank texts: boxes hold the middle half, whiskers nine tenths."
     fields = [name for name in lengths if name != "locale"]
@@ -163,6 +164,7 @@ def plot_lengths(lengths: pd.DataFrame, tokenizer_name: str = "a small one, trai
            xlabel=f"tokens; behind each box: locale, median, (texts); tokenizer: {tokenizer_name}")
     ax.set_xlim(0.8, ax.get_xlim()[1] * 1.8)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter("")
     return ax
 
 # %% ../../nbs/710_look.texts.ipynb #74aff7f0
@@ -198,7 +200,7 @@ def plot_cut(lengths: pd.DataFrame, mark: int = 128):
         legend_beside(ax, below=True)
     return axes
 
-# %% ../../nbs/710_look.texts.ipynb #bc5ddf90
+# %% ../../nbs/710_look.texts.ipynb #e02a9203
 _TAIL = ("one", "2 to 10", "more than ten")
 
 
@@ -217,21 +219,24 @@ def tail_table(counts: pd.DataFrame) -> pd.DataFrame:
     parts |= {locale: counts.loc[counts["locale"] == locale, "products"] for locale in LOCALES}
     table = {}
     for locale, products in parts.items():
-        if len(products):
+        if len(products) or locale == "all":
             step = np.digitize(products, [2, 11])
-            shares = np.bincount(step, minlength=len(_TAIL)) / len(products)
-            held = np.bincount(step, weights=products, minlength=len(_TAIL)) / products.sum()
+            shares = np.bincount(step, minlength=len(_TAIL)) / max(len(products), 1)
+            held = np.bincount(step, weights=products, minlength=len(_TAIL)) / max(products.sum(), 1)
             table[locale] = {"names": len(products), **dict(zip(_TAIL, shares)), "products": products.sum(),
                              **{f"products of {name}": share for name, share in zip(_TAIL, held)}}
     return pd.DataFrame(table).T.astype({"names": "int64", "products": "int64"})
 
-# %% ../../nbs/710_look.texts.ipynb #1301a726
+# %% ../../nbs/710_look.texts.ipynb #90741770
 _WINNERS = {"product_brand": {"one": 0.54, "more than ten": 0.071}, "product_color": {"one": 0.80}}
 
 
 def plot_tail(table: pd.DataFrame, field: str):
-    "Shares of names with one, few and many products, from `tail_table`, and how many products they hold; diamonds are the winners' [S]."
+    "Shares of names with one, few and many products, from `tail_table`, and how many products they hold; diamonds: the winners [S]; or None."
     noun = {"product_brand": "brands", "product_color": "colour names"}[field]
+    if not table.loc["all", "names"]:
+        print(f"No product has one of the {noun}.")
+        return None
     row, columns = table.loc["all"], [f"share of the {table.loc['all', 'names']:,.0f} {noun}", "share of the products that have one"]
     shares = pd.DataFrame(np.c_[row[list(_TAIL)], row[[f"products of {name}" for name in _TAIL]]].astype(float), list(_TAIL), columns)
     ax = figure(9, 2.6)
@@ -245,10 +250,13 @@ def plot_tail(table: pd.DataFrame, field: str):
     legend_beside(ax)
     return ax
 
-# %% ../../nbs/710_look.texts.ipynb #aaddcb4d
+# %% ../../nbs/710_look.texts.ipynb #dd746d61
 def plot_top_names(counts: pd.DataFrame, noun: str, n: int = 10):
-    "The names with most products in each locale, from `name_counts`."
+    "The names with most products in each locale, from `name_counts`; None with a printed line where there are none."
     locales = [locale for locale in LOCALES if (counts["locale"] == locale).any()]
+    if not locales:
+        print(f"No product has one of the {noun}.")
+        return None
     axes = np.atleast_1d(figure(3.3 * len(locales), 0.9 + 0.24 * n, len(locales)))
     for ax, locale in zip(axes, locales):
         own, look = counts[counts["locale"] == locale], LOCALE_LOOK[locale]
@@ -291,10 +299,10 @@ def plot_query_length(queries: pd.DataFrame):
         legend_beside(ax, below=True)
     return axes
 
-# %% ../../nbs/710_look.texts.ipynb #aa91b584
+# %% ../../nbs/710_look.texts.ipynb #2bc4d19d
 def _words(texts: pa.Array) -> tuple[np.ndarray, pa.Array]:
     "Latin words of at least three letters, in lower case: the text that each comes from, and the word."
-    plain = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{Latin}]+", " ")
+    plain = pc.replace_substring_regex(pc.utf8_lower(texts.cast(pa.large_string())), r"[^\p{Latin}]+", " ")
     lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(plain))
     owner, words = pc.list_parent_indices(lists), pc.list_flatten(lists)
     long = pc.greater_equal(pc.utf8_length(words), 3)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['peer_files', 'seed_shift', 'ranked_rows', 'read_ladder', 'ladder_path', 'measure_ladder']
 
-# %% ../../nbs/810_measure.ladder.ipynb #e31e48f5
+# %% ../../nbs/810_measure.ladder.ipynb #e6c9ba67
 import glob
 import itertools
 import json
@@ -25,10 +25,12 @@ from .results import write_result
 from ..metrics import bootstrap_interval, gains_of, headroom, ndcg, paired_bootstrap
 from ..rank.members import collect, read_scores
 from ..rank.untrained import UNTRAINED, zero_shot_scores
-from ..recipe import RECIPES, Recipe
-from ..run.grid import plan_grid, run_plan
+from ..recipe import RECIPES, Recipe, Rounds
+from ..run.grid import check_tokenizers, plan_grid, run_plan
 from ..run.plan import Grid, change_grid
 from ..run.stages import run_stage
+from ..run.workers import OneMachine
+from ..settings import quote
 
 # %% ../../nbs/810_measure.ladder.ipynb #584b4ec8
 def _read_runs(runs: Sequence[Path]) -> pd.DataFrame:
@@ -94,7 +96,7 @@ def _peer_ndcg(path: str, rows: pd.DataFrame) -> pd.Series:
     scores = rows[["example_id"]].merge(read_scores(path, rows, complete=True), on="example_id", validate="one_to_one")
     return ndcg(rows["query_id"], gains_of(rows["esci_label"]), scores["score"])
 
-# %% ../../nbs/810_measure.ladder.ipynb #42f122ba
+# %% ../../nbs/810_measure.ladder.ipynb #a007fd37
 def seed_shift(trained: Mapping[str, Mapping[object, pd.Series]]) -> float:
     """Standard deviation of what a seed shifts in all lists at once, one estimate for all trained systems.
 
@@ -103,6 +105,8 @@ def seed_shift(trained: Mapping[str, Mapping[object, pd.Series]]) -> float:
     between = within = free_seeds = free_rest = 0
     for seeds in trained.values():
         scores = pd.concat(seeds.values(), axis=1).dropna().to_numpy()
+        if not len(scores):
+            continue
         n_lists, n_seeds = scores.shape
         shift = scores.mean(axis=0) - scores.mean()
         rest = scores - scores.mean(axis=1, keepdims=True) - shift
@@ -180,7 +184,7 @@ def read_ladder(runs: Sequence[Path], data: DataFolder, peers: Mapping[str, Sequ
     table = _compare_systems(trained, {label: scored[label] for label in means}, others, rows.groupby("query_id")["product_locale"].first())
     return table.join(_costs(named), on="recipe").assign(
         data=f"{data.info['source'].rstrip('/').split('/')[-1]}, {len(data.rows):,} judgements",
-        split=f"{data.n_folds}-fold over all ranked lists, by query")
+        split=f"{data.n_folds}-fold over {'all ranked' if data.info['settings'].get('over') == 'ranked' else 'the train'} lists, by query")
 
 # %% ../../nbs/810_measure.ladder.ipynb #3839ccc9
 def ladder_path(runs: Sequence[Path], data: Path, peers: Mapping[str, Sequence[str]] = {}, zero_shot: str = "", outputs: Path = OUTPUTS) -> Path:
@@ -188,9 +192,11 @@ def ladder_path(runs: Sequence[Path], data: Path, peers: Mapping[str, Sequence[s
     digests = {name: {Path(path).stem: digest_file(path) for path in files} for name, files in peers.items()}
     return product_path("report", "ladder", runs, outputs, data=id_of(data), peers=digests, zero_shot=zero_shot and backbone_id(zero_shot))
 
-# %% ../../nbs/810_measure.ladder.ipynb #58874d89
+# %% ../../nbs/810_measure.ladder.ipynb #63b20765
 def _change(grid: Grid, name: str, value) -> Grid:
     "The grid with one setting of the data or one recipe field replaced."
+    if name not in (fields := [*DataSettings.model_fields, *Recipe.model_fields, *Rounds.model_fields]):
+        raise InputError(f"A variant cannot change {quote(name)}, which is no setting of the data and no recipe field; there are {', '.join(fields)}.")
     return change_grid(grid, data={name: value}) if name in DataSettings.model_fields else change_grid(grid, **{name: value})
 
 
@@ -200,21 +206,23 @@ def _check_names(peers: Mapping) -> None:
     if taken:
         raise InputError(f"A peer cannot be called {min(taken)!r}, which is the name of another row of the table; give it a name of its own.")
 
-# %% ../../nbs/810_measure.ladder.ipynb #583ef7ed
+# %% ../../nbs/810_measure.ladder.ipynb #b54d8894
 def measure_ladder(grid: Grid, source: str, to: Path, command: str, peers: Mapping[str, str] = {}, zero_shot: bool = False,
-                   outputs: Path = OUTPUTS, workers: int | None = None, variants: Mapping = {}) -> pd.DataFrame:
-    """Train what a grid asks for on `source`, folded over all ranked lists; compare, write the table to `to` and return it.
+                   outputs: Path = OUTPUTS, place: OneMachine | None = None, variants: Mapping = {}) -> pd.DataFrame:
+    """Train what a grid asks for on `source`, folded over all ranked lists unless its data say `over="train"`; compare, write the table to `to` and return it.
 
     `command`: what the user typed, for the table; `peers`: name -> pattern (`peer_files`); `zero_shot`: also the first backbone without
     training; `variants`: settings of the data or recipe fields; the grid is trained once more with each."""
     _check_names(peers)
+    place = place or OneMachine()
+    check_tokenizers(grid)
     grid = change_grid(grid, data={"over": "ranked"} | grid.data)
     plans = [plan_grid(one, source, outputs) for one in (grid, *(_change(grid, name, value) for name, value in variants.items()))]
     data, files = plans[0].data, {name: peer_files(pattern) for name, pattern in peers.items()}
     for path in itertools.chain(*files.values()):  # mistakes come before the first training
         _peer_ndcg(path, ranked_rows(data))
     for plan in plans:
-        run_plan(plan, workers)
+        run_plan(plan, place)
     runs = [folder for plan in plans for folder in plan.runs]
     backbones = [plans[0].training[run].backbone for run in plans[0].runs]
     untrained = backbones[0] if zero_shot else ""

@@ -65,24 +65,32 @@ def _wait(device) -> None:
 
 
 def matmul_rate(dtype, device, rows: int = 4096, width: int = 1536, seconds: float = 0.3) -> float:
-    "Floating-point operations per second of a large matrix product: the machine's practical ceiling."
+    """Floating-point operations per second of a large matrix product: the machine's practical ceiling.
+
+    Of fewer `rows` where even those take long: some processors compute bf16 a hundred times slower than fp32."""
     import torch
     a, b = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, width, dtype=dtype, device=device)
-    done, spent = 0, 0.0
-    while spent < seconds:
+
+    def spend(size: int, times: int) -> float:
         _wait(device)
         start = time.perf_counter()
-        for _ in range(4):
-            a @ b
+        for _ in range(times):
+            a[:size] @ b
         _wait(device)
-        spent, done = spent + time.perf_counter() - start, done + 4
-    return done * 2 * rows * width * width / spent
+        return time.perf_counter() - start
+
+    spend(rows // 16, 1)
+    size, times = (rows, 4) if spend(rows // 16, 1) < seconds / 16 else (rows // 16, 1)
+    done, spent = 0, 0.0
+    while spent < seconds:
+        spent, done = spent + spend(size, times), done + size * times
+    return done * 2 * width * width / spent
 
 # %% ../../nbs/820_measure.race.ipynb #5038822b
 class Workload:
     """A sample of labelled pairs with everything that a contestant needs.
 
-    `backbone` is a folder; `rows` pairs are drawn from the train rows of `data` by `seed`. `queries`, `texts`, `labels`: one per pair; `pairs`:
+    `backbone` is a folder; `rows` pairs are drawn from the train rows of `data` by `seed`. `frame`: their rows; `queries`, `texts`, `labels`: one per pair; `pairs`:
     the same, encoded. Raises `InputError` where the data have fewer train rows."""
 
     def __init__(self, data: DataFolder, backbone: str, rows: int, max_length: int, seed: int = 0):
@@ -93,7 +101,7 @@ class Workload:
         if len(train) < rows:
             raise InputError(f"The data folder {data.path} has {len(train)} train rows and the benchmark needs {rows}; use larger data.")
         frame = data.rows.iloc[np.sort(np.random.default_rng(seed).choice(train, rows, replace=False))].reset_index(drop=True)
-        fields = self.run().recipe.text_fields
+        self.frame, fields = frame, self.run().recipe.text_fields
         text = data.products[list(PRODUCT_KEY)].assign(text=product_text(data.products, fields))
         self.queries, self.texts = frame["query"].tolist(), frame.merge(text, on=list(PRODUCT_KEY), how="left", validate="many_to_one")["text"].tolist()
         self.labels = [LABELS.index(label) for label in frame["esci_label"]]

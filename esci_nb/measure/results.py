@@ -23,12 +23,15 @@ RESULTS = Path(esci_nb.__file__).resolve().parent.parent / "nbs" / "results"
 def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], command: str) -> pd.DataFrame:
     """Add the columns of origin to a measured table, write it to the CSV `to` and return it.
 
-    `backbones`: names or folders; one is named by the last two parts of its path, several are counted. `command`: what measures it again."""
+    `backbones`: names or folders; one is named by the last two parts of its path, several are counted; a table that has a column `backbone` keeps it.
+    `command`: what measures it again."""
     import torch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"
     names = {"/".join(Path(backbone).parts[-2:]) for backbone in backbones}
-    table = table.assign(backbone=names.pop() if len(names) == 1 else f"{len(names)} backbones", machine=machine,
-                         date=str(datetime.date.today()), command=command)
+    origin = {"machine": machine, "date": str(datetime.date.today()), "command": command}
+    if "backbone" not in table:
+        origin = {"backbone": names.pop() if len(names) == 1 else f"{len(names)} backbones" if names else ""} | origin
+    table = table.assign(**origin)
     with atomic(Path(to)) as partial:
         table.to_csv(partial, index=False, float_format="%.5g")
     return table
@@ -64,22 +67,27 @@ def full_table(path: Path) -> str:
                       for name in constant if pd.notna(table[name].iloc[0]))
     return markdown_table([name.replace("_", " ") for name in text], text.to_numpy().tolist()) + "\n\n" + notes + ("." if notes else "")
 
-# %% ../../nbs/800_measure.results.ipynb #cdf7ddab
+# %% ../../nbs/800_measure.results.ipynb #b087435a
 def _origin(row: pd.Series) -> str:
     "Where and how a table was measured, from one of its rows."
     return f"backbone {row['backbone']}; {row['machine']}; {row['date']}. Made by `{row['command']}`."
 
 
-def ladder_summary(path: Path = RESULTS / "ladder.csv") -> str:
-    "The table of the command `ladder`, short: score with spread, interval, paired difference to the baseline; then where it was measured."
+def ladder_summary(path: Path = RESULTS / "ladder.csv", only: Sequence[str] = (), short: bool = False) -> str:
+    """The table of the command `ladder`, short: score with spread, interval, paired difference to the baseline; then where it was measured.
+
+    `only`: rows whose name begins with one of these words (all); `short`: without the command."""
     table, rows = pd.read_csv(path), []
+    if only:
+        table = table[table["recipe"].str.startswith(tuple(only)) & ~table["recipe"].duplicated()]
     for row in table.to_dict("records"):
         spread = "" if pd.isna(row["sd_over_seeds"]) else f" (sd {row['sd_over_seeds']:.4f} over seeds {row['seeds']})"
         delta = "" if pd.isna(row["delta"]) else f"{row['delta']:+.4f} ({row['delta_low']:+.4f} to {row['delta_high']:+.4f})"
         rows.append([row["recipe"], f"{row['ndcg']:.4f}{spread}", f"{row['low']:.4f} to {row['high']:.4f}", delta])
     first = table.iloc[0]
+    origin = _origin(first).partition(". Made by")[0] + "." if short else _origin(first)
     return markdown_table(["recipe or system", "NDCG", "95 % interval", "over the baseline"], rows) + (
-        f"\n\nMeasured on {first['data']}; {first['lists']} ranked lists, {first['split']}; {_origin(first)}")
+        f"\n\nMeasured on {first['data']}; {first['lists']} ranked lists, {first['split']}; {origin}")
 
 
 def speed_summary(path: Path = RESULTS / "bench.csv") -> str:

@@ -91,17 +91,17 @@ class _DataPath:
 
     def clean(self) -> int:
         from esci_nb.data.clean import clean_products, clean_queries
-        from esci_nb.data.prepare import work_in_parts
+        from esci_nb.data.prepare import Processes, work_in_parts
         self.rows = clean_queries(self.rows)
-        self.products = work_in_parts(self.esci.products, clean_products, self.work / "parts", "cleaned", self.workers)
+        self.products = work_in_parts(self.esci.products, clean_products, self.work / "parts", "cleaned", Processes(self.workers))
         del self.esci
         return len(self.products)
 
     def mark(self) -> int:
-        from esci_nb.data.prepare import mark_in_parts
+        from esci_nb.data.prepare import Processes, mark_in_parts
         from esci_nb.data.translated_rows import mark_originals
         in_language = self.products.assign(language=self.products["product_locale"])
-        self.rows, self.products = mark_in_parts(mark_originals(self.rows), in_language, self.work / "parts", self.workers)
+        self.rows, self.products = mark_in_parts(mark_originals(self.rows), in_language, self.work / "parts", Processes(self.workers))
         return len(self.products)
 
     def write(self) -> int:

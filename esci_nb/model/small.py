@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL_OVERRIDES', 'train_tokenizer', 'matching_encoder', 'build_small_backbone']
 
-# %% ../../nbs/230_model.small.ipynb #aded7bf9
+# %% ../../nbs/230_model.small.ipynb #042ffed8
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
 
-from ..hub import quiet
+from ..bm25 import cut_long_runs
+from ..hub import quiet, save_tokenizer
 
-# %% ../../nbs/230_model.small.ipynb #2e91b406
+# %% ../../nbs/230_model.small.ipynb #1a036602
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     "A byte-pair tokenizer of at most `vocab_size` tokens, made from `texts`, with BERT's frame around a pair."
     raw = Tokenizer(models.BPE(unk_token="[UNK]"))
@@ -24,7 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
     raw.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=False),
         pre_tokenizers.Split(Regex(r"[\p{Katakana}ー]+|\p{Han}+|\p{Hiragana}+"), "isolated")])
-    raw.train_from_iterator(texts, trainers.BpeTrainer(
+    raw.train_from_iterator(map(cut_long_runs, texts), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -61,13 +62,13 @@ def matching_encoder(vocab_size: int, width: int = 128, layers: int = 2, heads: 
             _match(layer, width)
     return model
 
-# %% ../../nbs/230_model.small.ipynb #ee1ad28c
+# %% ../../nbs/230_model.small.ipynb #8cbd71b2
 def build_small_backbone(texts: Iterable[str], folder: Path, seed: int = 42) -> Path:
     "Train a tokenizer on `texts`, build the matching encoder, save both into `folder` (safetensors); returns `folder`."
     tokenizer = train_tokenizer(texts)
     with quiet():
         matching_encoder(len(tokenizer), seed=seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return Path(folder)
 
 # %% ../../nbs/230_model.small.ipynb #cd2aa3a0

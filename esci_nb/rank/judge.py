@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['nested', 'Judged', 'judge', 'plot_judged', 'plot_correlation', 'plot_weights', 'leave_one_out', 'fit_gathered']
 
-# %% ../../nbs/430_rank.judge.ipynb #bdb698d7
+# %% ../../nbs/430_rank.judge.ipynb #c587bc5d
 import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from ..contract import LABELS, LOCALES, InputError
+import esci_nb.rank.more_methods  # noqa: F401 (methods)
+from ..contract import LOCALES, InputError, count_of
 from ..metrics import paired_bootstrap
 from .members import Gathered, Members, expected_gain
-from .methods import METHODS, Mean, Method, correlation, fit_method, split_lists
+from .methods import METHODS, Mean, Method, correlation, fit_method, nested_by_part, split_lists
 from ..style import ACCENT, QUIET, SECOND, figure, percent
 
 # %% ../../nbs/430_rank.judge.ipynb #40f7816a
@@ -30,11 +31,7 @@ def nested(members: Members, method: str, leaderboard: Mapping[str, float] = {},
     out = []
     for repeat in range(repeats):
         part = split_lists(members, min(parts, n_lists), np.random.default_rng([seed, repeat]))
-        predicted = np.full((len(part), len(LABELS)), np.nan)
-        for number in np.unique(part):
-            fitted = fit_method(method, members.take(part != number), leaderboard, seed)
-            predicted[part == number] = fitted.predict(members.take(part == number))
-        out.append(predicted)
+        out.append(nested_by_part(members, part, method, leaderboard, seed))
     return out
 
 # %% ../../nbs/430_rank.judge.ipynb #383d1468
@@ -77,8 +74,8 @@ def _compare(members: Members, ndcg: Mapping[str, pd.Series], optimised: Mapping
 
 # %% ../../nbs/430_rank.judge.ipynb #908f357d
 def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 10, repeats: int = 3, seed: int = 0,
-          methods: Iterable[str] = METHODS) -> Judged:
-    """Compare `methods` by nested cross-validation over the labelled lists of `members`.
+          methods: Iterable[str] | None = None) -> Judged:
+    """Compare `methods` (all but slow ones) by nested cross-validation over the labelled lists of `members`; a slow one gets a single repeat.
 
     Columns of the table: method, kind (method or member), ndcg (nested; of a member as it is), delta to the best member, chosen by
     the CV score over all lists, with its 95 % interval low to high, paired over lists; over_single (difference to `single`, with
@@ -86,10 +83,12 @@ def judge(members: Members, leaderboard: Mapping[str, float] = {}, parts: int = 
     locale. Methods whose packages are missing are left out. Members that do not cover all lists get no row; where none does, delta is
     the difference to `single`."""
     ndcg, oof, fitted, optimised = {}, {}, {}, {}
-    for name in dict.fromkeys(["single", *methods]):
+    quick = [name for name in METHODS if not METHODS[name].is_slow]
+    for name in dict.fromkeys(["single", *(quick if methods is None else methods)]):
         if name in METHODS and not METHODS[name].is_available():
             continue
-        repeated = nested(members, name, leaderboard, parts, repeats, seed)
+        slow = name in METHODS and METHODS[name].is_slow
+        repeated = nested(members, name, leaderboard, parts, 1 if slow else repeats, seed)
         oof[name] = repeated[0]
         ndcg[name] = pd.concat([members.ndcg(expected_gain(probabilities)) for probabilities in repeated], axis=1).mean(axis=1)
         fitted[name] = fit_method(name, members, leaderboard, seed)
@@ -135,8 +134,8 @@ def plot_correlation(members: Members):
 
 # %% ../../nbs/430_rank.judge.ipynb #7d2b4d61
 def plot_weights(fitted: Mapping[str, Method]):
-    "Heat map of the weights of each method that has any, those of single locales on their own."
-    shares = {f"{name} {locale}".strip(): own for name, method in fitted.items() for locale, own in method.weights.items()}
+    "Heat map of the weights of each method that has any, over all lists."
+    shares = {name: method.weights[""] for name, method in fitted.items() if method.weights}
     table = pd.DataFrame(shares, index=next(iter(fitted.values())).names)
     learnt = table.drop(columns=["single", "mean"], errors="ignore")
     average = (learnt if len(learnt.columns) else table).mean(axis=1)
@@ -160,8 +159,15 @@ def leave_one_out(members: Members) -> pd.DataFrame:
         rows.append({"member": name, **paired, "correlation": alike[place].max()})
     return pd.DataFrame(rows).sort_values("adds", ascending=False, ignore_index=True)
 
-# %% ../../nbs/430_rank.judge.ipynb #f5191532
+# %% ../../nbs/430_rank.judge.ipynb #6b80fe8b
 def fit_gathered(gathered: Gathered, method: str, leaderboard: Mapping[str, float] = {}) -> Method:
     "Fit a method on all labelled lists; the plain mean of runs needs none. Raises `InputError` where a method has no lists to learn from."
-    needs_lists = method != Mean.name or gathered.oof is not None or gathered.test is None or gathered.test.is_scorer.any()
-    return fit_method(method, gathered.lists if needs_lists else gathered.test, leaderboard)
+    unlabelled = gathered.test if gathered.oof is None else gathered.oof
+    has_lists = gathered.oof is not None and gathered.is_list.any()
+    if method == Mean.name and not has_lists and unlabelled is not None and not unlabelled.is_scorer.any():
+        return fit_method(method, unlabelled, leaderboard)
+    lists = gathered.lists
+    if method != Mean.name and not lists.gains.any():
+        raise InputError(f"None of the {count_of(lists.lists[-1] + 1, 'labelled list')} has a product with a gain, so the method {method} has "
+                         f"nothing to learn from; take the method {Mean.name}.")
+    return fit_method(method, lists, leaderboard)

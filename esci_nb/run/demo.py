@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'run_everything']
 
-# %% ../../nbs/550_run.demo.ipynb #f84064df
+# %% ../../nbs/550_run.demo.ipynb #326e0243
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,11 @@ import pandas as pd
 
 from ..data.prepare import DataSettings
 from ..folders import OUTPUTS
-from ..hub import load_tokenizer
-from .grid import plan_grid, run_plan
-from .plan import SMALL, Grid
-from .stages import combine, write_report
+from .grid import check_tokenizers, plan_grid, run_plan
+from .plan import Grid
+from .stages import SMALL, combine, write_report
 
-# %% ../../nbs/550_run.demo.ipynb #96b2da09
+# %% ../../nbs/550_run.demo.ipynb #611896e3
 @dataclass
 class Outcome:
     "The folders and files that a whole pass left."
@@ -40,8 +39,7 @@ def run_everything(source: str = "sample", backbone: str = "", recipe: str = "ba
     settings = {"n_folds": n_folds, "seed": seed} | dict(data_settings)
     DataSettings(**settings)
     grid = Grid(backbone=[{"name": str(backbone or SMALL), **overrides}], recipes=[recipe], seeds=[seed], data=settings)
-    if backbone:
-        load_tokenizer(backbone)
+    check_tokenizers(grid)
     plan = plan_grid(grid, source, outputs)
     run_plan(plan)
     ensemble = combine(plan.runs, plan.data.path, outputs=outputs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['by_strength', 'that_fit', 'Answers', 'ModelOutcome', 'ModelRace', 'run_models']
 
-# %% ../../nbs/620_ship.schedule.ipynb #c415e6dd
+# %% ../../nbs/620_ship.schedule.ipynb #09f53de2
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -15,7 +15,8 @@ import torch
 
 from ..contract import LABELS, count_of
 from ..model.encode import EncodedPairs
-from .clock import Budget, Pass, Predict, SafePredictor, cut_slices, finish_pass, measure_pace, spell
+from .clock import Budget, Pass, cut_slices, finish_pass, measure_pace, spell
+from ..model.engines import Predict, SafePredictor
 from .package import PackedModel
 
 # %% ../../nbs/620_ship.schedule.ipynb #03b35be0
@@ -119,7 +120,7 @@ class Answers:
         mean[silent] = np.nan
         return mean
 
-# %% ../../nbs/620_ship.schedule.ipynb #a6abfbbf
+# %% ../../nbs/620_ship.schedule.ipynb #76725e06
 @dataclass
 class ModelOutcome:
     "What became of one model."
@@ -151,6 +152,7 @@ class ModelRace:
         rows_of = self.rows["product_locale"].value_counts().to_dict()
         self.order, self.costs = by_strength(self.models, rows_of), _ModelCosts(rows_of)
         self.answers = Answers(self.rows, self.models)
+        self.outcomes: list[ModelOutcome] = []
 
     def has_time(self, model: PackedModel, cost: float, later: Sequence[PackedModel]) -> bool:
         "Whether `cost` seconds are left, or a locale would go without any model."
@@ -194,21 +196,20 @@ def _outlook(seconds: Sequence[float], left: float, later: Sequence[PackedModel]
     dropped = f"; to be dropped: {', '.join(short)}" if short else ""
     return f"{spell(seconds[0])} to go{others}; {spell(max(0.0, left))} are left{dropped}"
 
-# %% ../../nbs/620_ship.schedule.ipynb #3cb129ea
+# %% ../../nbs/620_ship.schedule.ipynb #511b3ce7
 def run_models(race: ModelRace, saved: Callable[[Answers], None] = lambda answers: None,
                tick: Callable[[float], None] = lambda share: None) -> list[ModelOutcome]:
     "Run the models that fit into the time; `saved` hears of the answers after each model, `tick` of the share of the way, 0 to 1."
-    outcomes = []
     for place, model in enumerate(race.order):
         later, outcome, start = race.order[place + 1:], ModelOutcome(model.name, model.cv), race.budget.clock()
-        outcomes.append(outcome)
+        race.outcomes.append(outcome)
         cost = race.costs.of(model)
         if race.budget.left <= 0 or not race.has_time(model, cost, later):
             race.drop(outcome, cost)
             continue
         try:
             _run_model(race, model, later, outcome, lambda share, place=place: tick((place + share) / len(race.order)))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever a model trips over, the others go on
             outcome.state, outcome.note = "failed", " ".join(str(error).split())[:120] or type(error).__name__
             race.say(f"{model.name}: failed ({outcome.note}); going on without it")
         torch.cuda.empty_cache()
@@ -216,4 +217,4 @@ def run_models(race: ModelRace, saved: Callable[[Answers], None] = lambda answer
         if outcome.rows:
             saved(race.answers)
         tick((place + 1) / len(race.order))
-    return outcomes
+    return race.outcomes

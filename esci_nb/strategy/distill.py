@@ -7,7 +7,7 @@ __all__ = ['N_TEACHERS', 'query_keys', 'teacher_folds', 'teacher_split', 'check_
            'trained_rows', 'Teacher', 'read_teachers', 'row_positions', 'soft_labels', 'distilled_targets',
            'read_labels', 'read_soft_labels', 'Distillation']
 
-# %% ../../nbs/340_strategy.distill.ipynb #77830896
+# %% ../../nbs/340_strategy.distill.ipynb #929bfed2
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..contract import LABELS, PAIR_KEY, PROB_COLUMNS, InputError, is_original, 
 from ..data.folds import spread_queries
 from ..data.merge import normalise_query
 from ..files import is_done, read_json
-from ..folders import DataFolder, read_predictions, read_run
+from ..folders import DataFolder, read_predictions, read_probabilities, read_run
 from ..identity import backbone_id, id_of
 from ..metrics import ranking_score
 from ..recipe import Run
@@ -238,7 +238,7 @@ def distilled_targets(hard: np.ndarray, soft: np.ndarray, soft_weight: float = 0
         raise InputError(f"soft_weight is {soft_weight}; give a share from 0 to 1.")
     return (soft_weight * np.asarray(soft) + (1 - soft_weight) * np.asarray(hard)).astype(np.float32)
 
-# %% ../../nbs/340_strategy.distill.ipynb #bd168786
+# %% ../../nbs/340_strategy.distill.ipynb #c98fcdef
 def read_labels(folder: Path, kind: str, stage: str, data: DataFolder, fold: int) -> pd.DataFrame:
     """The part for student `fold` of `kind`.parquet (kind: soft or pseudo), which `stage` wrote into `folder`.
 
@@ -255,7 +255,7 @@ def read_labels(folder: Path, kind: str, stage: str, data: DataFolder, fold: int
     if fold not in config["folds"]:
         raise InputError(f"{folder} holds {kind} labels for the student folds {', '.join(map(str, config['folds']))} and not for {fold}; "
                          f"add runs of fold {fold} and run the stage {stage} again.")
-    return pd.read_parquet(folder / f"{kind}.parquet", filters=[("fold", "==", fold)])
+    return read_probabilities(folder / f"{kind}.parquet", filters=[("fold", "==", fold)])
 
 # %% ../../nbs/340_strategy.distill.ipynb #5239fb6a
 def read_soft_labels(folder: Path, data: DataFolder, fold: int) -> np.ndarray:
