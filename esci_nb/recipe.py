@@ -167,6 +167,7 @@ RECIPES: dict[str, NamedRecipe] = {name: NamedRecipe.of(**values) for name, valu
     "ema": dict(ema=0.99),
     "gains": dict(gain_mse=5.0),
     "lists": dict(lambda_rank=1.0),
+    "mixed": dict(gain_mse=5.0, lambda_rank=1.0),
     "context": dict(context_words=6),
     "neighbours": dict(context_titles=2),
     "soup": dict(soup=3),
@@ -174,6 +175,8 @@ RECIPES: dict[str, NamedRecipe] = {name: NamedRecipe.of(**values) for name, valu
     "doubt": dict(doubt_weight=0.0, soft_weight=0.0, distill_from="baseline"),
     "pseudo": dict(pseudo_from="baseline"),
     "www_first": _WWW,
+    "www_mixed": dict(**_WWW, gain_mse=5.0, lambda_rank=1.0),
+    "www_context": dict(**_WWW, gain_mse=5.0, lambda_rank=1.0, context_words=6),
     "www": dict(**_WWW, distill_from="www_first", pseudo_from="www_first"),
 }.items()}
 
