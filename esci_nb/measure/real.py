@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from ..folders import OUTPUTS, DataFolder, open_data, probability_table
 from ..hub import load_tokenizer, pick_device, quiet
 from ..identity import backbone_id, digest_values, id_of, short_name
 from .ladder import ranked_rows, seed_shift
-from .results import RESULTS, write_result
+from .results import RESULTS, machine_name, write_result
 from ..metrics import cluster_interval, gains_of, ndcg, ranking_score
 from ..model.encode import EncodedPairs, add_markers, marker_tokens, product_text
 from ..model.losses import one_hot_targets
@@ -148,8 +149,15 @@ def _untrained(data: DataFolder, scorer: str, locales: tuple) -> pd.DataFrame:
     return rows[["example_id"]].assign(score=untrained_scores(rows, data.products, scorer))
 
 
+def _by_turns(parts: Sequence[Part], at_a_time: int) -> list[Part]:
+    "The parts of a seed, ours and the peer's by turns: a run that is cut off says something of both."
+    kinds = [[part for part in parts if (part.asked["kind"] == "peer") == is_peer] for is_peer in (False, True)]
+    turns = [[one[start:start + at_a_time] for start in range(0, len(one), at_a_time)] for one in kinds]
+    return [part for turn in itertools.zip_longest(*turns, fillvalue=[]) for some in turn for part in some]
+
+
 def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequence[float], warm: bool, outputs: Path) -> list[Part]:
-    """The parts of a grid, seed by seed: untrained encoders, the first recipe, the peers, the other recipes; second rounds last.
+    """The parts of a grid, seed by seed: untrained encoders, then our recipes and the peer's losses by turns; second rounds last of ours.
 
     Beside the multilingual encoders the first English one is also trained on all locales, to compare them in Spanish and Japanese."""
     parts, teachers = [], ["bm25", *(table["name"] for table in grid.backbones)]
@@ -189,7 +197,7 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
             make = lambda work, n=name, r=own, s=seed: train_ours(
                 data, Run(name="part", recipe=r, backbone=str(warm_up(data.only(r.locales), n, teachers, outputs=outputs)), seed=s), work)
             add("warm-up", name, seed, make, kind="warm-up", recipe=own.changes(), teachers=[one and Path(one).name for one in teachers])
-    return parts
+    return [part for seed in (0, *grid.seeds) for part in _by_turns([one for one in parts if one.seed == seed], len(tables))]
 
 # %% ../../nbs/815_measure.real.ipynb #57371c8a
 def read_lists(source: str, data: DataFolder) -> pd.DataFrame:
@@ -371,8 +379,13 @@ class Ladder:
         found = {}
         for part in self.parts:
             if part.path(self.kept).is_file():
-                found.setdefault((part.system, part.encoder), {})[part.seed] = pd.read_parquet(part.path(self.kept))
+                found.setdefault((part.system, part.encoder), {})[part.seed] = pd.read_parquet(part.path(self.kept)).drop(columns="machine")
         return found
+
+    def machines(self) -> str:
+        "Where the parts that are done were made."
+        paths = [part.path(self.kept) for part in self.parts]
+        return ", ".join(sorted({pd.read_parquet(path, columns=["machine"])["machine"].iloc[0] for path in paths if path.is_file()}))
 
     def wanted(self, phase: str, best: int = 2) -> list[Part]:
         """The parts that are left of a phase: `screen`, the first seed; `claim`, other seeds; `rounds`, second rounds of the first seed.
@@ -393,7 +406,7 @@ class Ladder:
 # %% ../../nbs/815_measure.real.ipynb #b3556861
 def _write(table: pd.DataFrame, ladder: Ladder, to: Path) -> pd.DataFrame:
     source, n = ladder.data.info["source"].rstrip("/").split("/")[-1], len(ladder.data.rows)
-    table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster")
+    table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster", machine=ladder.machines())
     return write_result(table.rename(columns={"encoder": "backbone"}), to, (), ladder.command)
 
 
@@ -421,7 +434,7 @@ def _make(part: Part, ladder: Ladder) -> bool:
     what = f"{part.system} on {part.encoder}, seed {part.seed}"
     try:
         with quiet():
-            write_table(part.make(work), part.path(ladder.kept))
+            write_table(part.make(work).assign(machine=machine_name()), part.path(ladder.kept))
     except Exception as error:
         print(f"{what}: failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", file=sys.stderr, flush=True)
         return False
@@ -442,9 +455,11 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
             print(f"time is up; {len(left)} parts are left for the same command", flush=True)
             return False
         for part in left:
-            with contextlib.suppress(Timeout), FileLock(part.path(ladder.kept).with_suffix(".lock"), timeout=0):
+            lock = part.path(ladder.kept).with_suffix(".lock")
+            with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
                 if not part.path(ladder.kept).is_file() and not _make(part, ladder):
                     left.remove(part)
+                lock.unlink(missing_ok=True)
                 break
         else:
             time.sleep(1)  # others are at work on all that is left
