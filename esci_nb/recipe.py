@@ -160,6 +160,7 @@ RECIPES: dict[str, NamedRecipe] = {name: NamedRecipe.of(**values) for name, valu
     "pooling": dict(pooling="weighted"),
     "branches": dict(dropout_branches=5),
     "layer_rates": dict(lr_quarters=WINNER_QUARTERS),
+    "fast_head": dict(head_lr_factor=10.0),
     "smoothing": dict(label_smoothing=0.1),
     "fgm": dict(adversary="fgm"),
     "awp": dict(adversary="awp"),
