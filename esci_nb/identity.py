@@ -63,7 +63,7 @@ def backbone_id(name: str) -> str:
     return Path(config).parent.name[:16] if isinstance(config, str) else str(name)
 
 # %% ../nbs/060_identity.ipynb #e2889cbb
-CODE_VERSIONS = {"data": 1, "backbone": 1, "run": 1, "labels": 1, "ensemble": 1, "look": 1}
+CODE_VERSIONS = {"data": 1, "backbone": 1, "run": 2, "labels": 1, "ensemble": 1, "look": 1}
 
 
 def identify(kind: str, asked: Mapping, read: Mapping) -> str:

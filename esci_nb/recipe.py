@@ -110,7 +110,8 @@ class Recipe(_Loss):
     epochs: int = setting(2, "passes over the rows (peers: 2 to 5)", ge=1, le=100)
     lr: float | None = setting(None, "learning rate of the backbone; none: by its width", ge=0, le=1)
     lr_quarters: _Quarters = setting((1.0, 1.0, 1.0, 1.0), "multiples of lr for the quarters of the depth, lowest first", "S")
-    head_lr_factor: float = setting(1.0, "learning rate of the head, as a multiple of lr", ge=0, le=1e4)
+    head_lr_factor: float | None = setting(None, "learning rate of the head, as a multiple of lr (a peer: 5); none: 10, up to a rate of 1e-3, and 1 for the "
+                                           "head of a reranker", "T", ge=0, le=1e4)
     weight_decay: float = setting(0.01, "not on biases and norms", ge=0, le=10)
     warmup: float = setting(0.1, "share of the steps (peers: 0.02 to 0.1)", ge=0, le=1)
     clip: float = setting(1.0, "largest gradient norm", gt=0, le=1e6)
@@ -160,7 +161,7 @@ RECIPES: dict[str, NamedRecipe] = {name: NamedRecipe.of(**values) for name, valu
     "pooling": dict(pooling="weighted"),
     "branches": dict(dropout_branches=5),
     "layer_rates": dict(lr_quarters=WINNER_QUARTERS),
-    "fast_head": dict(head_lr_factor=10.0),
+    "slow_head": dict(head_lr_factor=1.0),
     "smoothing": dict(label_smoothing=0.1),
     "fgm": dict(adversary="fgm"),
     "awp": dict(adversary="awp"),

@@ -172,7 +172,7 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
     for seed in grid.seeds:
         def ours(system: str, name: str, recipe: Recipe, seed=seed) -> None:
             run = Run(name="part", recipe=recipe, backbone=name, seed=seed)
-            add(system, name, seed, lambda work: train_ours(data, run, work), kind="ours", recipe=recipe.changes())
+            add(system, name, seed, lambda work: train_ours(data, run, work), kind="ours", recipe=recipe.values())
 
         for name, recipe in tables:
             ours(first, name, recipe)
@@ -183,7 +183,7 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
             for lr in rates:
                 for name, recipe in tables:
                     add(f"peer {loss} {lr:g}", name, seed, lambda work, a=(name, recipe, loss, lr, seed): train_peer(data, *a, work),
-                        kind="peer", loss=loss, lr=lr, recipe=recipe.changes())
+                        kind="peer", loss=loss, lr=lr, recipe=recipe.values())
         for system in sorted(grid.recipes[1:], key=one_round, reverse=True):
             for table in grid.backbones:
                 named = grid.named(system, table)
@@ -191,12 +191,12 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
                     ours(system, table["name"], named.recipe)
                 else:
                     make = lambda work, a=(system, table, seed): train_rounds(data, grid, *a, outputs)
-                    add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.changes(), rounds=named.rounds.changes())
+                    add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.values(), rounds=named.rounds.values())
         for name, recipe in tables if warm else ():
             own = recipe.replace(pooling=OWN)
             make = lambda work, n=name, r=own, s=seed: train_ours(
                 data, Run(name="part", recipe=r, backbone=str(warm_up(data.only(r.locales), n, teachers, outputs=outputs)), seed=s), work)
-            add("warm-up", name, seed, make, kind="warm-up", recipe=own.changes(), teachers=[one and Path(one).name for one in teachers])
+            add("warm-up", name, seed, make, kind="warm-up", recipe=own.values(), teachers=[one and Path(one).name for one in teachers])
     return [part for seed in (0, *grid.seeds) for part in _by_turns([one for one in parts if one.seed == seed], len(tables))]
 
 # %% ../../nbs/815_measure.real.ipynb #57371c8a
