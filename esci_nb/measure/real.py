@@ -15,7 +15,6 @@ import gc
 import itertools
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -429,17 +428,18 @@ def write_tables(ladder: Ladder, methods: Sequence[str] = ENSEMBLES) -> pd.DataF
 
 # %% ../../nbs/815_measure.real.ipynb #76ab740b
 def _make(part: Part, ladder: Ladder) -> bool:
-    "Make a part, or say why it failed. Whether there is a table now."
-    began, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="esci_nb-"))
+    "Make a part, or say why it failed. Whether there is a table now. What a killed process leaves is gone on with."
+    began, work = time.monotonic(), part.path(ladder.kept).with_suffix(".work")
+    work.mkdir(parents=True, exist_ok=True)
     what = f"{part.system} on {part.encoder}, seed {part.seed}"
     try:
         with quiet():
             write_table(part.make(work).assign(machine=machine_name()), part.path(ladder.kept))
     except Exception as error:
         print(f"{what}: failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", file=sys.stderr, flush=True)
+        shutil.rmtree(work)
         return False
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work)
     score = _score(pd.read_parquet(part.path(ladder.kept)), ladder.rows).mean()
     print(f"{what}: {score:.4f} in {time.monotonic() - began:.0f} s", flush=True)
     return True
