@@ -78,14 +78,14 @@ def ladder_figure(path: Path = RESULTS / "ladder.csv") -> str:
                   "NDCG over the baseline, 95 % interval over lists", line=0)
     return picture(ax, "NDCG over the baseline, a dot with its interval for each recipe and system")
 
-
+# %% ../../nbs/805_measure.figures.ipynb #7c0d2e51
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
     "Of a table of real encoders the rows of task 1 over all lists, by encoder, the best first, ensembles last."
     table = table.query("task == 1 and origin == 'all' and locale == 'all'")
     table = table.assign(last=table["system"].str.startswith("ensemble"))
     return table.sort_values(["last", "backbone", "ndcg"], ascending=[True, True, False]).drop(columns="last").reset_index(drop=True)
 
-# %% ../../nbs/805_measure.figures.ipynb #7c0d2e51
+
 def real_answer(path: Path = RESULTS / "real.csv") -> str:
     "The best system of ours and the best ensemble, and how far each is ahead of the peer's best, in a sentence each."
     table = _whole(pd.read_csv(path)).dropna(subset=["delta_peer"])

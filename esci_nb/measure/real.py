@@ -30,7 +30,7 @@ from ..data.merge import join_products
 from ..files import write_table
 from ..folders import OUTPUTS, DataFolder, open_data, probability_table
 from ..hub import load_tokenizer, pick_device, quiet
-from ..identity import backbone_id, digest_values, id_of, short_name
+from ..identity import backbone_id, id_of, identify, short_name
 from .ladder import ranked_rows, seed_shift
 from .results import RESULTS, machine_name, write_result
 from ..metrics import cluster_interval, gains_of, ndcg, ranking_score
@@ -77,6 +77,7 @@ def train_rounds(data: DataFolder, grid: Grid, system: str, backbone: Mapping, s
 
 # %% ../../nbs/815_measure.real.ipynb #1894b16a
 PEER_LOSSES = ("ce", "mse", "bce", "ranknet", "lambda")
+_PEER_READS = ("locales", "text_fields", "max_length", "epochs", "batch_rows", "warmup")  # what the peer takes of a recipe
 
 
 def _peer_data(rows: pd.DataFrame, loss: str):
@@ -140,7 +141,7 @@ class Part:
 
     def path(self, folder: Path) -> Path:
         "Where its table is, or will be."
-        return folder / f"{short_name(self.system)}-{short_name(self.encoder)}-s{self.seed}-{digest_values(self.asked)[:8]}.parquet"
+        return folder / f"{short_name(self.system)}-{short_name(self.encoder)}-s{self.seed}-{identify('run', self.asked, {})}.parquet"
 
 
 def _untrained(data: DataFolder, scorer: str, locales: tuple) -> pd.DataFrame:
@@ -171,7 +172,7 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
     for seed in grid.seeds:
         def ours(system: str, name: str, recipe: Recipe, seed=seed) -> None:
             run = Run(name="part", recipe=recipe, backbone=name, seed=seed)
-            add(system, name, seed, lambda work: train_ours(data, run, work), kind="ours", recipe=recipe.values())
+            add(system, name, seed, lambda work: train_ours(data, run, work), kind="ours", recipe=recipe.changes())
 
         for name, recipe in tables:
             ours(first, name, recipe)
@@ -182,7 +183,7 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
             for lr in rates:
                 for name, recipe in tables:
                     add(f"peer {loss} {lr:g}", name, seed, lambda work, a=(name, recipe, loss, lr, seed): train_peer(data, *a, work),
-                        kind="peer", loss=loss, lr=lr, recipe=recipe.values())
+                        kind="peer", loss=loss, lr=lr, recipe={field: recipe.values()[field] for field in _PEER_READS})
         for system in sorted(grid.recipes[1:], key=one_round, reverse=True):
             for table in grid.backbones:
                 named = grid.named(system, table)
@@ -190,12 +191,12 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
                     ours(system, table["name"], named.recipe)
                 else:
                     make = lambda work, a=(system, table, seed): train_rounds(data, grid, *a, outputs)
-                    add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.values(), rounds=named.rounds.values())
+                    add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.changes(), rounds=named.rounds.changes())
         for name, recipe in tables if warm else ():
             own = recipe.replace(pooling=OWN)
             make = lambda work, n=name, r=own, s=seed: train_ours(
                 data, Run(name="part", recipe=r, backbone=str(warm_up(data.only(r.locales), n, teachers, outputs=outputs)), seed=s), work)
-            add("warm-up", name, seed, make, kind="warm-up", recipe=own.values(), teachers=[one and Path(one).name for one in teachers])
+            add("warm-up", name, seed, make, kind="warm-up", recipe=own.changes(), teachers=[one and Path(one).name for one in teachers])
     return [part for seed in (0, *grid.seeds) for part in _by_turns([one for one in parts if one.seed == seed], len(tables))]
 
 # %% ../../nbs/815_measure.real.ipynb #57371c8a
