@@ -18,6 +18,9 @@ def end_with_parent(parent: int) -> None:
     "Have this process end as soon as its parent, the process number `parent`, has ended; called by the child, first thing."
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended meanwhile
+            os._exit(1)
+        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -57,13 +57,21 @@ def is_alive(one: psutil.Process) -> bool:
         return False
 
 
+def is_kernel(one: psutil.Process) -> bool:
+    "Whether a process is the kernel of a notebook, out of a warm process or started anew."
+    try:
+        return one.name() == "esci_nb-kernel" or "ipykernel_launcher" in one.cmdline()
+    except psutil.Error:
+        return False
+
+
 def role(one: psutil.Process) -> str:
-    "What a process of a start is: command, worker, kernel or other."
+    "What a process of a start is: command, worker, kernel (or the warm process that kernels come from) or other."
     try:
         words = " ".join(one.cmdline())
     except psutil.Error:
         return "gone"
-    known = (("kernel", "ipykernel_launcher"), ("worker", "run.workers import work"), ("worker", "ray::do_packed"), ("command", "kill_grid_command"))
+    known = (("kernel", "run.kernels import wait_for_work"), ("worker", "run.workers import work"), ("worker", "ray::do_packed"), ("command", "kill_grid_command"))
     return next((name for name, word in known if word in words), "other")
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import QUICK, ROOT, written
+from kill_grid import is_kernel
 
 from esci_nb.cli import main
 from esci_nb.contract import LOCALES, InputError
@@ -127,9 +128,8 @@ def test_ctrl_c_stops_all_workers(made, tiny_files):
         def kernels() -> int:
             found = 0
             for one in psutil.Process(grid.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    found += "ipykernel_launcher" in one.cmdline()
-                    family.append(one)
+                found += is_kernel(one)
+                family.append(one)
             return found
         wait_for(lambda: kernels() == 2)
         folders = [path.parent for path in outputs.glob("runs/*-s8-*/LOCK")]

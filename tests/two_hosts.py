@@ -150,7 +150,7 @@ class Hosts:
 
     def works(self) -> bool:
         "Whether the worker has a run in hand."
-        return bool(self.on("worker", "ipykernel_launcher") or self.on("worker", "do_packed"))
+        return bool(self.on("worker", "do_packed"))
 
 
 def ip(*words: str) -> None:

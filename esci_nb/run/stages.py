@@ -36,6 +36,7 @@ from ..folders import OUTPUTS, data_of, open_data, product_path, run_path, runs_
 from ..identity import backbone_id, id_of, identify, place, short_name
 from ..rank.untrained import scorer_id
 from ..recipe import Run, Running, make_recipe, make_run
+from .kernels import own_kernel
 from ..settings import check_texts, quote
 
 PROJECT = Path(esci_nb.__file__).resolve().parent.parent  # the checkout: settings.ini, the library, nbs/ and outputs/
@@ -75,27 +76,6 @@ def _check_parameters(stage: str, parameters: dict) -> None:
                              f"its default is {parameter_cell[name]['default']}.")
 
 # %% ../../nbs/500_run.stages.ipynb #a32908b4
-def _own_kernel(log: Path) -> type:
-    """A kernel manager that starts this Python, whatever kernels the machine has; the kernel ends with this process.
-
-    `log`: a file that takes what the kernel's process says outside of the notebook, such as its complaint about an interrupt."""
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from traitlets import Float
-    watch = f"__import__('esci_nb.processes').processes.end_with_parent({os.getpid()})"
-    words = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=40",  # errors only
-             "--InteractiveShell.ignore_cwd=True", f"--IPKernelApp.exec_lines={watch}"]
-
-    class OwnKernel(AsyncKernelManager):
-        shutdown_wait_time = Float(1.0)  # for an interrupt: a kernel that computes does not answer
-        kernel_spec = KernelSpec(argv=words, display_name="esci_nb", language="python")
-
-        async def start_kernel(self, **options):
-            with log.open("ab") as said:
-                await super().start_kernel(stdout=said, stderr=said, **options)
-    return OwnKernel
-
-
 def _last_line(log: Path) -> str:
     "The last line that a kernel's process said, such as the signal of a crash; '' without one."
     said = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
@@ -155,7 +135,7 @@ def _execute(stage: str, folder: Path, parameters: dict, live: bool) -> None:
         try:
             papermill.execute_notebook(
                 str(_notebook_of(stage)), str(executed), parameters=parameters, progress_bar=False, cwd=os.getcwd(), kernel_name="python3",
-                stdout_file=sys.stdout if live else None, kernel_manager_class=_own_kernel(log), start_timeout=300)
+                stdout_file=sys.stdout if live else None, kernel_manager_class=own_kernel(log), start_timeout=300)
         except PapermillExecutionError as error:
             if error.ename == "InputError":
                 raise InputError(error.evalue) from None
