@@ -190,7 +190,7 @@ class Toy:
     "A worker that needs three looks; the job `bad` fails."
     running, most, order = 0, 0, []
 
-    def __init__(self, job, environment):
+    def __init__(self, job, process):
         self.job, self.looks, self.failure, self.is_over = job, 0, None, False
         Toy.running += 1
         Toy.most = max(Toy.most, Toy.running)
@@ -273,9 +273,11 @@ def test_a_worker_that_is_killed_is_replaced_twice(toys, monkeypatch, deaths, lo
 
 def test_a_worker_says_in_its_log_what_it_printed(tmp_path):
     job = Job("report", tmp_path / "outputs" / "report" / "x", {"data": str(tmp_path), "ensemble": str(tmp_path)})
-    worker = workers.Worker(job, {"OMP_NUM_THREADS": "1"})
-    worker.process.kill()
+    process = workers.WorkerProcess({"OMP_NUM_THREADS": "1"})
+    worker = workers.Worker(job, process)
+    process.process.kill()
     wait_for(worker.ended)
+    process.end()
     assert isinstance(worker.failure, workers.Died) and str(worker.log) in str(worker.failure) and worker.log.parent == tmp_path / "outputs" / "logs"
 
 
@@ -285,13 +287,15 @@ def test_any_error_of_a_job_is_one_sentence():
 
         def run(self):
             raise KeyError("two\nlines")
-    assert "\n" not in str(workers.Here(Odd(), {}).failure) and "KeyError" in str(workers.Here(Odd(), {}).failure)
+    assert "\n" not in str(workers.Here(Odd()).failure) and "KeyError" in str(workers.Here(Odd()).failure)
 
 
 def test_worker_brings_back_what_went_wrong(tmp_path):
     before = set(Path(tempfile.gettempdir()).glob("esci_nb-worker-*"))
     job = Job("ensemble", tmp_path / "out", {"weigths": 1})
-    failed = run_jobs([job], OneMachine(slots=[{"OMP_NUM_THREADS": "1"}]))
+    place = OneMachine(slots=[{"OMP_NUM_THREADS": "1"}])
+    failed = run_jobs([job], place)
+    place.close()
     assert isinstance(failed[job.folder], InputError) and "has no parameter 'weigths'" in str(failed[job.folder])
     assert not job.folder.exists() and not set(Path(tempfile.gettempdir()).glob("esci_nb-worker-*")) - before
 

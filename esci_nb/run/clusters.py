@@ -114,7 +114,7 @@ def do_packed(packed: dict, outputs: str) -> dict:
     log = root / "logs" / f"{job.folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", buffering=1) as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        failure = Here(job, {}).failure
+        failure = Here(job).failure
     return {"kind": type(failure).__name__, "text": str(failure)} if failure else {}
 
 
