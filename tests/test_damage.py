@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pandas as pd
@@ -26,9 +27,10 @@ from esci_nb.recipe import make_run
 from esci_nb.strategy.base import Strategies, Strategy, TrainingRows
 from esci_nb.strategy.distill import read_labels
 from esci_nb.train import fit as fit_module
+from esci_nb.train import trainer as trainer_module
 from esci_nb.train.fit import fit, predict
 from esci_nb.train.room import checkpoints_in, last_checkpoint, step_of
-from esci_nb.train.trainer import Progress
+from esci_nb.train.trainer import CheckpointedTrainer, Progress
 
 
 def damages(path):
@@ -208,9 +210,10 @@ def save_at(*steps, die):
     return on_step_end
 
 
-@pytest.fixture
-def killed(toy, tmp_path, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["at once", "behind"])
+def killed(toy, tmp_path, monkeypatch, request):
     "A run that was killed with two checkpoints, and the weights of one that was not."
+    monkeypatch.setattr(CheckpointedTrainer, "behind", request.param)
     run = make_run(ema=0.9, rdrop=1.0, batch_rows=32, **toy["run"])
     whole = fit(run, toy["pairs"], toy["rows"], tmp_path / "whole").model.state_dict()
     with monkeypatch.context() as patch:
@@ -250,6 +253,40 @@ def test_a_damaged_checkpoint_makes_room_for_the_next(toy, killed, monkeypatch):
         fit(run, toy["pairs"], toy["rows"], folder)
     assert [step_of(path) for path in checkpoints_in(folder / "checkpoints")] == [7, 5] and step_of(last_checkpoint(folder / "checkpoints")) == 7
     assert (folder / "checkpoints" / "checkpoint-mine").is_dir()
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(toy, tmp_path, monkeypatch):
+    began, go_on, order, finish = threading.Event(), threading.Event(), [], trainer_module._finish
+
+    def slow(folder, parts):
+        began.set()
+        assert go_on.wait(60)
+        order.append(folder.name)
+        return finish(folder, parts)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in (1, 4)
+        if state.global_step == 3:
+            assert began.is_set() and last_checkpoint(tmp_path / "checkpoints") is None
+            order.append("step 3")
+            go_on.set()
+        return control
+    monkeypatch.setattr(CheckpointedTrainer, "behind", True)
+    monkeypatch.setattr(trainer_module, "_finish", slow)
+    monkeypatch.setattr(Progress, "on_step_end", on_step_end)
+    fit(make_run(batch_rows=32, **toy["run"]), toy["pairs"], toy["rows"], tmp_path)
+    assert order == ["step 3", "checkpoint-1", "checkpoint-4"] and step_of(last_checkpoint(tmp_path / "checkpoints")) == 4
+
+
+def test_what_goes_wrong_behind_the_training_is_raised_in_it(toy, tmp_path, monkeypatch):
+    def full(*values):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(CheckpointedTrainer, "behind", True)
+    monkeypatch.setattr(trainer_module, "save_state", full)
+    monkeypatch.setattr(Progress, "on_step_end", save_at(2, 4, die=8))
+    with pytest.raises(OSError, match="No space"):
+        fit(make_run(batch_rows=32, **toy["run"]), toy["pairs"], toy["rows"], tmp_path)
+    assert last_checkpoint(tmp_path / "checkpoints") is None
 
 
 # Numbers that are none

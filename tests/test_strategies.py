@@ -10,7 +10,7 @@ import torch
 from esci_nb import strategy
 from esci_nb.files import seal
 from esci_nb.recipe import RECIPES, make_run
-from esci_nb.strategy.base import STATE_FILE, Strategies, all_strategies, load_state, save_state, strategies_of, total_cost
+from esci_nb.strategy.base import STATE_FILE, Strategies, all_strategies, load_state, save_state, state_of, strategies_of, total_cost
 from esci_nb.strategy.averaging import MovingAverage
 from esci_nb.train.room import last_checkpoint
 
@@ -101,7 +101,7 @@ def test_states_do_not_mix(tmp_path):
     with torch.no_grad():
         layer.weight.add_(1)
     first.each("after_step")
-    save_state(first, tmp_path)
+    save_state(state_of(first), tmp_path)
     load_state(second, tmp_path)
     for one, other in zip(first.members, second.members):
         assert one.steps == other.steps == 1 and torch.equal(one.average["weight"], other.average["weight"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'TrainingRows', 'Training', 'Lists', 'Forward', 'Cost', 'Strategy', 'all_strategies', 'strategies_of',
-           'Strategies', 'total_cost', 'all_facts', 'save_state', 'load_state']
+           'Strategies', 'total_cost', 'all_facts', 'state_of', 'save_state', 'load_state']
 
 # %% ../../nbs/300_strategy.base.ipynb #f85af614
 import functools
@@ -223,11 +223,15 @@ def all_facts(strategies: Strategies) -> dict[str, float]:
 STATE_FILE = "strategies.safetensors"
 
 
-def save_state(strategies: Strategies, folder: Path) -> None:
-    "Write the state of all strategies into a checkpoint."
-    tensors = {f"{type(strategy).__name__}.{name}": value.contiguous() for strategy in strategies.members for name, value in strategy.state().items()}
+def state_of(strategies: Strategies) -> dict[str, torch.Tensor]:
+    "What all strategies remember, by the strategy and the name that it gives."
+    return {f"{type(strategy).__name__}.{name}": value.contiguous() for strategy in strategies.members for name, value in strategy.state().items()}
+
+
+def save_state(state: dict[str, torch.Tensor], folder: Path) -> None:
+    "Write what `state_of` gave into a checkpoint."
     with atomic(Path(folder) / STATE_FILE) as partial:
-        save_file(tensors, partial)
+        save_file(state, partial)
 
 
 def load_state(strategies: Strategies, folder: Path) -> None:

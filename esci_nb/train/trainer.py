@@ -12,20 +12,23 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..contract import InputError
 from ..files import seal, write_json
 from ..folders import PROGRESS
 from ..model.cross_encoder import CrossEncoder
 from ..model.engines import Engine, is_out_of_memory, optimizer_class
-from ..strategy.base import Forward, Strategies, Training, load_state, save_state
+from ..strategy.base import Forward, Strategies, Training, load_state, save_state, state_of
 from .batches import BatchPlan
 from .room import checkpoints_in
 from .together import gather_vectors, own_draws, same_draws
@@ -208,25 +211,78 @@ class CheckedTrainer(SteppingTrainer):
                 weight.data = data
 
 # %% ../../nbs/370_train.trainer.ipynb #0472a7ec
+def _copied(state):
+    "A nested state whose tensors are copies in main memory."
+    if torch.is_tensor(state):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, (list, tuple)) else state
+
+
+def _finish(folder: Path, parts: list[Callable[[], None]]) -> Path:
+    "Write the parts of a checkpoint that are not there yet, and seal it; its folder."
+    for write in parts:
+        write()
+    seal(folder)
+    return folder
+
+
 class CheckpointedTrainer(CheckedTrainer):
-    "A `CheckedTrainer` whose checkpoints hold finite numbers and the strategies' state, and are sealed; the one before the newest stays."
+    """A `CheckedTrainer` whose checkpoints hold finite numbers and the strategies' state, and are sealed; the one before the newest stays.
+
+    `behind`: whether a thread writes them from copies while the training goes on."""
+    pending: Future | None = None
+
+    def train(self, *args, **kwargs):
+        with ThreadPoolExecutor(1) as self.writer:  # whose end waits for what is left to write
+            result = super().train(*args, **kwargs)
+            self._until_whole()
+        return result
+
+    @functools.cached_property
+    def behind(self) -> bool:
+        need = 2 * 18 * sum(weight.numel() for weight in self.model.parameters())  # weights, masters and moments, twice
+        return self.args.device.type == "cuda" and psutil.virtual_memory().available > need
+
+    def _until_whole(self) -> None:
+        "Wait for the checkpoint that is being written."
+        if self.pending:
+            self.newest, self.pending = self.pending.result(), None
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_numbers()
+        self._until_whole()
+        folder, self.parts = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", []
         if self.args.should_save:
             for old in checkpoints_in(self.args.output_dir):
                 if old != self.newest:
                     shutil.rmtree(old)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        self.newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            seal(self.newest)
+            self.pending = self.writer.submit(_finish, folder, self.parts)
+        if not self.behind:
+            self._until_whole()
+
+    def _write(self, how: Callable, state) -> None:
+        "Have `how` write a state: a copy of it in the thread, or itself at once."
+        if self.behind:
+            self.parts.append(functools.partial(how, _copied(state)))
+        else:
+            how(state)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._write(functools.partial(super()._save, output_dir), self.model.state_dict() if state_dict is None else state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_state(self.strategies, Path(output_dir))
-        super()._save_optimizer_and_scheduler(output_dir)
+            folder = Path(output_dir)
+            self._write(lambda state: save_state(state, folder), state_of(self.strategies))
+            self._write(lambda state: torch.save(state, folder / OPTIMIZER_NAME), self.optimizer.state_dict())
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
