@@ -229,7 +229,7 @@ def state_of(strategies: Strategies) -> dict[str, torch.Tensor]:
 
 
 def save_state(state: dict[str, torch.Tensor], folder: Path) -> None:
-    "Write what `state_of` gave into a checkpoint."
+    "Write `state`, from `state_of`, into a checkpoint."
     with atomic(Path(folder) / STATE_FILE) as partial:
         save_file(state, partial)
 
