@@ -45,6 +45,7 @@ from ..run.grid import run_plan
 from ..run.plan import Grid, plan_runs, read_grid
 from ..run.stages import preprocess
 from ..run.warm_up import warm_up
+from ..settings import quote
 from ..strategy.base import TrainingRows, strategies_of
 from ..train.fit import predict
 from ..train.soup import fit_soup
@@ -468,13 +469,16 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
 
 
 def measure_real(grid: Grid, source: str, to: Path, command: str, minutes: float = 1e9, losses: Sequence[str] = PEER_LOSSES,
-                 rates: Sequence[float] = (1e-4, 5e-5), warm: bool = False, outputs: Path = OUTPUTS) -> pd.DataFrame:
+                 rates: Sequence[float] = (1e-4, 5e-5), warm: bool = False, outputs: Path = OUTPUTS, encoders: Sequence[str] = ()) -> pd.DataFrame:
     """Work through the parts of a grid on `source`, beginning none after so many minutes, then write the tables (`write_tables`) and return the first.
 
-    What is done is not done again: with 0 minutes the tables are made of what there is. For the order see `Ladder.wanted`."""
+    `encoders`: only these, by the last part of their names; those of the others that teach a warm-up still do. What is done is not done again: with 0 minutes the tables are made of what there is. For the order see `Ladder.wanted`."""
     until, settings = time.monotonic() + 60 * minutes, {"over": "ranked", "by_cluster": True, **grid.data}
     data = open_data(preprocess(source, outputs=outputs, **settings))
     parts = all_parts(grid, data, losses, rates, warm, outputs)
+    if unknown := sorted(set(encoders) - {part.encoder for part in parts}):
+        raise InputError(f"The grid has no encoder {quote(unknown[0])}; it has {', '.join(sorted({part.encoder for part in parts}))}.")
+    parts = [part for part in parts if not encoders or part.encoder in encoders]
     ladder = Ladder(parts, data, read_lists(source, data), Path(outputs) / "real", Path(to), command, grid.recipes[0])
     print(f"{len(parts)} parts, {sum(part.path(ladder.kept).is_file() for part in parts)} of them done", flush=True)
     try:
@@ -507,7 +511,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise InputError('The peers need sentence-transformers; install it by pip install "esci_nb[peers]", or give --losses "".')
         command = f"python -m esci_nb.measure.real {given.grid} DATA --models MODELS" + " --warm" * given.warm
         measure_real(grid, given.data, Path(given.to), command, given.minutes, [loss for loss in given.losses.split(",") if loss], rates, given.warm,
-                     Path(given.outputs))
+                     Path(given.outputs), [one for one in given.encoders.split(",") if one])
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -515,11 +519,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _chosen(grid: Grid, given: argparse.Namespace) -> Grid:
-    "The grid with only the recipes, seeds and encoders that are wanted, these as folders of `--models`."
+    "The grid with only the recipes and seeds that are wanted, and its encoders as folders of `--models`."
     some = lambda text, all_: tuple(one for one in text.split(",") if one) or all_
     tables = [table | {"name": str(Path(given.models) / Path(table["name"]).name) if given.models else table["name"]} for table in grid.backbones]
-    wanted = some(given.encoders, ())
-    tables = [table for table in tables if not wanted or Path(table["name"]).name in wanted]
     return grid.replace(backbone=tables, recipes=some(given.recipes, grid.recipes), seeds=tuple(int(seed) for seed in some(given.seeds, grid.seeds)))
 
 
