@@ -2,6 +2,7 @@
 
 What a family names differently (layers, embeddings, norms, dropouts, tokens, segments, positions) is found here.
 """
+import copy
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from esci_nb.model.packed import PACKABLE
 from esci_nb.model.rerankers import is_reranker, load_reranker
 from esci_nb.recipe import OWN, POOLINGS, WINNER_QUARTERS, make_recipe, make_run
 from esci_nb.strategy.adversarial import AWP, FGM
-from esci_nb.strategy.base import Forward, TrainingRows
+from esci_nb.strategy.base import Forward, Lists, TrainingRows
 from esci_nb.strategy.multi_sample import MultiSampleDropout
 from esci_nb.train import fit as fit_module
 from esci_nb.train.batches import Ahead, TrainPairs
@@ -548,6 +549,34 @@ def test_a_packed_training_is_the_padded_one(case, tmp_path, monkeypatch):
     np.testing.assert_allclose(predict(padded.model, pairs, rows.positions, "fp32"), one, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["bert", "xlm-roberta", "modernbert"], indirect=True)
+def test_a_training_with_compiled_layers_is_the_same(case, tmp_path, monkeypatch):
+    "Compiled without a C++ compiler (the same graphs, run operator by operator), scored meanwhile, and what comes out is a plain model."
+    name, family, folder, pairs = case
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rows = TrainingRows(np.arange(len(pairs)), np.eye(len(LABELS), dtype=np.float32)[np.arange(len(pairs)) % 4], np.ones(len(pairs), np.float32))
+    found = {}
+    for compiled in (False, True):
+        monkeypatch.setattr(fit_module, "pick_engine", lambda compiled=compiled: Exact(torch.device("cpu"), True, compiled))
+        run = make_run(backbone=str(folder), epochs=1, lr=1e-2, batch_rows=8, max_length=MAX_LENGTH, text_fields=FIELDS, precision="fp32",
+                       backbone_dropout=0.0, **TRAININGS[name])
+        found[compiled] = fit(run, pairs, rows, tmp_path / str(compiled), lists=[Lists("ndcg", 0.5, rows.positions, rows.positions // 4, rows.target[:, 0])])
+    plain, compiled = found[False], found[True]
+    assert compiled.facts == plain.facts | {"compiled": 1}
+    for column in ("loss", "ndcg"):
+        one, other = ([line[column] for line in some.history if line.get(column) is not None] for some in (plain, compiled))
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    for one, other in zip(plain.model.state_dict().values(), compiled.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    trained = predict(compiled.model, pairs, rows.positions, "fp32")
+    kept = copy.deepcopy(compiled.model)
+    with torch.no_grad():
+        for weight in compiled.model.backbone.parameters():
+            weight.zero_()
+    assert np.array_equal(predict(kept, pairs, rows.positions, "fp32"), trained)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("case", ["xlm-roberta"], indirect=True)
 def test_a_packed_batch_is_dealt(case):
     "What two processes encode of a batch, each packed, is what one encodes."
@@ -581,9 +610,11 @@ def test_a_reranker_is_trained_in_rows(case, tmp_path, monkeypatch):
         assert fitted.facts == ({"packed": 1} if wish == "1" else {}) and (fitted.padding == 0) == (wish == "1")
         losses.append([line["loss"] for line in fitted.history])
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    monkeypatch.setenv("ESCI_NB_PACKED", "yes")
-    with pytest.raises(InputError, match="ESCI_NB_PACKED is 'yes'; give 0, 1 or nothing"):
-        predictor(fitted.model)
+    for name in ("ESCI_NB_COMPILE", "ESCI_NB_PACKED"):
+        monkeypatch.setenv(name, "yes")
+        with pytest.raises(InputError, match=f"{name} is 'yes'; give 0, 1 or nothing"):
+            predictor(fitted.model)
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("case", ["bert"], indirect=True)

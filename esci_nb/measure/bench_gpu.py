@@ -47,12 +47,13 @@ from ..model.cross_encoder import CrossEncoder
 from ..model.encode import EncodedPairs, PairFrame, TokenStore, cut_lengths, fill_batch, token_ids, product_text
 from ..model.layer_rates import parameter_groups
 from ..model.losses import one_hot_targets, soft_cross_entropy
+from ..model.engines import compile_layers
 from ..model.packed import PackedCrossEncoder, fill_batches, fill_row, first_position, pack, packed_attention, segment_count
 from ..model.small import build_small_backbone
 from ..recipe import WINNER_QUARTERS, make_run
 from ..run.costs import pair_flops
 from ..strategy.base import Lists, TrainingRows
-from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, move_batch, compile_layers, put_back
+from ..train.device import DeviceAdversary, Feeder, FlatAdamW, GraphedForward, move_batch, put_back
 from ..train.fit import fit, predict
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #ed5a2b41
@@ -763,16 +764,15 @@ def _same_curve(bench: Bench, steps: int = 150) -> None:
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #cac2a5f0
 @contextlib.contextmanager
-def _batches(kind: str):
-    "Inside, engines that are made pack their batches, or pad them."
-    former = os.environ.get("ESCI_NB_PACKED")
-    os.environ["ESCI_NB_PACKED"] = str(int(kind == "packed"))
+def _batches(kind: str, compiled: bool = False):
+    "Inside, engines that are made pack their batches, or pad them, and compile their layers or do not."
+    former = dict(os.environ)
+    os.environ.update(ESCI_NB_PACKED=str(int(kind == "packed")), ESCI_NB_COMPILE=str(int(compiled)))
     try:
         yield
     finally:
-        del os.environ["ESCI_NB_PACKED"]
-        if former is not None:
-            os.environ["ESCI_NB_PACKED"] = former
+        os.environ.clear()
+        os.environ.update(former)
 
 
 def _write_backbone(bench: Bench, shape: str, kind: str) -> Path:
@@ -784,13 +784,13 @@ def _write_backbone(bench: Bench, shape: str, kind: str) -> Path:
     return folder
 
 
-def _fit_rates(bench: Bench, shape: str, kind: str, batches: str, rows: int, **fields) -> tuple[np.ndarray, float]:
+def _fit_rates(bench: Bench, shape: str, kind: str, batches: str, rows: int, recipe: str = "baseline", compiled: bool = False, **fields) -> tuple[np.ndarray, float]:
     "Pairs per second in the later steps of a training by `fit`, and GiB at its peak."
     backbone, data = _write_backbone(bench, shape, kind), bench.data()
     data = data if kind == "multi" else data.only(("us",))
-    with tempfile.TemporaryDirectory() as folder, _batches(batches), Memory(bench.device) as memory:
-        run = make_run("www_first" if fields else "baseline", backbone=str(backbone), epochs=1, batch_rows=min(128, rows // 4), batch_tokens=32768,
-                       max_length=bench.sizes.max_length, **fields)
+    with tempfile.TemporaryDirectory() as folder, _batches(batches, compiled), Memory(bench.device) as memory:
+        fields = {"batch_rows": min(128, rows // 4), "batch_tokens": 32768, "max_length": bench.sizes.max_length} | fields
+        run = make_run(recipe, backbone=str(backbone), epochs=1, **fields)
         pairs = EncodedPairs(data.rows, data.products, load_tokenizer(str(backbone)), run.recipe.text_fields, run.recipe.max_length, bench.out / "tokens")
         target = one_hot_targets(data.rows["esci_label"])
         fitted = fit(run, pairs, TrainingRows(data.train(-1)[:rows], target, np.ones(len(target), np.float32)), Path(folder))
@@ -810,13 +810,23 @@ def _measure_trainer(bench: Bench, shape: str, kind: str, packed: bool = True) -
         bench.table.add(f"{what}: packed against padded", *(plain[batches][0][-least:] for batches in ways), goal="ratio >= 1.2", note=note)
     else:
         bench.table.add(f"{what}: padded, its family packs nothing", plain["padded"][0], note=note)
-    found = {name: _fit_rates(bench, shape, kind, ways[0], rows, awp_below=below) for name, below in (("every step", 1e3), ("no step", 1e-6))}
+    found = {name: _fit_rates(bench, shape, kind, ways[0], rows, "www_first", awp_below=below) for name, below in (("every step", 1e3), ("no step", 1e-6))}
     for name, (rates, gib) in found.items():
         bench.table.add(f"{what}: www, AWP in {name}, {ways[0]}", rates, note=f"{rows} pairs; {gib:.1f} GiB")
     cost = np.median(found["no step"][0]) / np.median(found["every step"][0])
     bench.table.add(f"{what}: cost of a step with AWP, in steps without", [cost], goal="ours <= 2.05", unit="times")
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #b54973ad
+def _measure_compiled(bench: Bench) -> None:
+    "Row: `fit` with a small model in small batches, its layers compiled against not, by turns."
+    rows, found = bench.sizes.train_rows * 4, {False: [], True: []}
+    for compiled in (False, True, True, False):
+        rates, _ = _fit_rates(bench, "MiniLM-L6", "english", "packed", rows, compiled=compiled and bench.sizes.compiled, batch_rows=min(32, rows // 4))
+        found[compiled].append(np.median(rates))
+    bench.table.add(f"the trainer, MiniLM-L6 shape, max length {bench.sizes.max_length}: layers compiled against not", found[True], found[False],
+                    note=f"{rows} pairs in batches of 32; the later three quarters of each training")
+
+
 def _train_lists(bench: Bench, data: DataFolder, encoder: str, batches: str, seed: int) -> tuple[np.ndarray, pd.Series]:
     "The loss curve of a baseline on two folds, and the NDCG of each list of the third."
     run = make_run(backbone=encoder, epochs=2, max_length=min(128, bench.sizes.max_length), seed=seed)
@@ -873,7 +883,7 @@ def _www_deberta(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {  # what has not been measured yet comes first
     "packed": _check_packed, "dropout": _check_dropout, "updates": _check_updates, "quality": _measure_quality,
-    "trainer_large": lambda bench: _measure_trainer(bench, "XLM-R-large", "multi"),
+    "compiled": _measure_compiled, "trainer_large": lambda bench: _measure_trainer(bench, "XLM-R-large", "multi"),
     "trainer_deberta": lambda bench: _measure_trainer(bench, "DeBERTa-v3-large", "english", packed=False),
     "www_large": lambda bench: _measure_adversaries(bench, "XLM-R-large", "multi") and None, "www_deberta": _www_deberta, "train_large": _train_large,
     "predict_large": _predict_large, "predict_mini": _predict_mini, "train_modern": _train_modern, "curve": _same_curve}
@@ -906,6 +916,7 @@ _TRAINER = "the trainer, XLM-R-large shape, max length 256"
 GOALS = {  # of rows by the beginning of their names
     f"{_TRAINER}: packed against padded": "ratio >= 1.2", f"{_TRAINER}: cost of a step with AWP": "ours <= 2.05",
     "the trainer, DeBERTa-v3-large shape, max length 256: www": "measured",
+    "the trainer, MiniLM-L6 shape, max length 256: layers compiled against not": "measured; decides whether they are by default",
     "quality, packed against padded through the trainer, same seeds: mean distance of loss curves": "ratio <= 1",
     "quality, packed against padded through the trainer, same seeds: NDCG": "an interval that holds 0"}
 
