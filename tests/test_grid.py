@@ -18,6 +18,7 @@ from kill_grid import is_kernel
 
 from esci_nb.cli import main
 from esci_nb.contract import LOCALES, InputError
+from esci_nb.data.prepare import DataSettings
 from esci_nb.files import folder_lock, is_locked, write_json
 from esci_nb.folders import open_data, read_run, save_data
 from esci_nb.identity import backbone_id
@@ -25,7 +26,7 @@ from esci_nb.recipe import make_run
 from esci_nb.run import workers
 from esci_nb.run.costs import calibrate, plan_costs, read_costs, wall_hours
 from esci_nb.run.plan import Grid, change_grid, plan_runs, read_grid
-from esci_nb.run.stages import Job
+from esci_nb.run.stages import Job, data_path
 from esci_nb.run.workers import OneMachine, run_jobs, worker_slots
 from esci_nb.strategy.distill import locales_of, read_soft_labels, read_teachers
 from esci_nb.strategy.pseudo import pseudo_predictions
@@ -279,6 +280,18 @@ def test_a_worker_says_in_its_log_what_it_printed(tmp_path):
     wait_for(worker.ended)
     process.end()
     assert isinstance(worker.failure, workers.Died) and str(worker.log) in str(worker.failure) and worker.log.parent == tmp_path / "outputs" / "logs"
+
+
+def test_a_worker_process_does_jobs_one_after_the_other_and_keeps_what_each_printed(tiny_files, tmp_path):
+    process, said = workers.WorkerProcess({"OMP_NUM_THREADS": "1"}), []
+    for number in (1, 2):
+        folder = data_path(str(tiny_files), DataSettings(n_folds=1 + number), tmp_path / "outputs")
+        worker = workers.Worker(Job("preprocess", folder, {"source": str(tiny_files), "n_folds": 1 + number, "outputs": str(tmp_path / "outputs")}), process)
+        wait_for(worker.ended)
+        assert worker.failure is None and (folder / "DONE").is_file()
+        said.append((process.process.pid, worker.log.read_text().count(f"rows and 1,277 products in {folder}")))
+    process.end()
+    assert said[0] == said[1] and said[0][1] == 1 and not process.folder.exists()
 
 
 def test_any_error_of_a_job_is_one_sentence():

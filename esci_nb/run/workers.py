@@ -93,10 +93,11 @@ class WorkerProcess:
             self.end()
             self.folder = Path(tempfile.mkdtemp(prefix="esci_nb-worker-"))
             paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from esci_nb.run.workers import work; work({str(self.folder)!r}, {os.getpid()})"],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, text=True,
-                env=os.environ | self.environment | {"TMPDIR": str(self.folder), "PYTHONPATH": os.pathsep.join(paths)})
+            with open(log, "ab") as said:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", f"from esci_nb.run.workers import work; work({str(self.folder)!r}, {os.getpid()})"],
+                    stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True, text=True,
+                    env=os.environ | self.environment | {"TMPDIR": str(self.folder), "PYTHONPATH": os.pathsep.join(paths)})
         with contextlib.suppress(BrokenPipeError):  # it was killed just now: it will never answer
             print(json.dumps({"stage": job.stage, "folder": str(job.folder), "parameters": job.parameters, "log": str(log.absolute())}),
                   file=self.process.stdin, flush=True)
@@ -123,19 +124,12 @@ def work(folder: str, parent: int) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         with open(job["log"], "ab") as log:
-            _speak_into(log)
-            failure = Here(Job(job["stage"], Path(job["folder"]), job["parameters"])).failure
-        with open(os.devnull, "ab") as nothing:
-            _speak_into(nothing)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        failure = Here(Job(job["stage"], Path(job["folder"]), job["parameters"])).failure
+        sys.stdout.flush()
         with atomic(Path(folder) / "answer.json") as partial:
             partial.write_text(json.dumps({"kind": type(failure).__name__, "text": str(failure)} if failure else {}))
-
-
-def _speak_into(file) -> None:
-    "stdout and stderr go there from now on."
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        stream.flush()
-        os.dup2(file.fileno(), number)
 
 # %% ../../nbs/530_run.workers.ipynb #5d2e7b91
 class Worker:
