@@ -215,7 +215,8 @@ class RayCluster:
             reason = " ".join(str(error).split())[:120]
             if not self.address:
                 raise RuntimeError(f"Ray could not be started on this machine ({reason}); try again, or use --on here.") from error
-            raise InputError(f"No Ray cluster answers at {self.address} ({reason}); start one there with `ray start --head`.") from error
+            raise InputError(f"No Ray cluster answers at {self.address} ({reason}); start one there with `ray start --head`, and where it wants a token, "
+                             "put that into RAY_AUTH_TOKEN.") from error
 
     def _ask(self, needs: Needs) -> list[Mapping]:
         "Ask every machine of the cluster whether it can work; the machines."
