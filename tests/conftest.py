@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from esci_nb.run import kernels
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes with a thread each (pytest -n 2) beat one with two
+kernels._OF_A_STAGE += ("PYTEST_CURRENT_TEST",)  # else each test would begin a warm process of its own
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"epochs": 1, "precision": "fp32", "max_length": 32, "text_fields": "title"}
 

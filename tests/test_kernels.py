@@ -25,7 +25,6 @@ def run(tmp_path, monkeypatch):
     "Runs one line in a kernel out of a warm process of its own; gives what it printed."
     warm = WarmProcess()
     monkeypatch.setattr(kernels, "_WARM", warm)
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
 
     def one(line: str) -> list[str]:
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import os, random, sys, time\n{line}")])

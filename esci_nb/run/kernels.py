@@ -22,7 +22,7 @@ from pathlib import Path
 from ..processes import end_with_parent
 
 _FIRST = ("ipykernel.kernelapp", "pandas")  # what every stage needs
-_THEN = ("torch", "sklearn", "transformers.trainer")  # loaded when a first kernel has ended: more are to come
+_THEN = ("torch", "sklearn", "transformers.trainer")  # loaded when a second kernel is asked for: more are to come
 _IDLE = 60  # seconds that a warm process waits for the next kernel
 
 
@@ -55,16 +55,17 @@ def wait_for_work(channel: int, parent: int) -> None:
     for name in _FIRST:
         importlib.import_module(name)
     with socket.socket(fileno=channel) as end, end.makefile("rw") as lines:
+        libraries = ()
         while select.select([end], [], [], _IDLE)[0] and (line := lines.readline()):
-            number = os.fork()
+            for name in libraries:
+                importlib.import_module(name)
+            number, libraries = os.fork(), _THEN
             if not number:
                 break
             with contextlib.suppress(OSError):  # it became a program meanwhile, or ended
                 os.setpgid(number, number)
             print(number, file=lines, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), file=lines, flush=True)
-            for name in _THEN:
-                importlib.import_module(name)
         else:
             return
     _become_kernel(**json.loads(line), parent=os.getppid())
