@@ -50,7 +50,6 @@ def test_kernels_come_out_of_one_warm_process_with_its_libraries_and_without_our
 @linux
 def test_a_kernel_is_as_if_started_anew(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "of_the_stage.py").write_text("value = 5")
     (tmp_path / "random.py").write_text("raise ValueError")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path / "more")]))

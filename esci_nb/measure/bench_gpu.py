@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -45,9 +46,9 @@ from ..metrics import cluster_interval, ndcg, ranking_score
 from ..model.backbones import BACKBONES, without_pooler
 from ..model.cross_encoder import CrossEncoder
 from ..model.encode import EncodedPairs, PairFrame, TokenStore, cut_lengths, fill_batch, token_ids, product_text
+from ..model.engines import compile_layers
 from ..model.layer_rates import parameter_groups
 from ..model.losses import one_hot_targets, soft_cross_entropy
-from ..model.engines import compile_layers
 from ..model.packed import PackedCrossEncoder, fill_batches, fill_row, first_position, pack, packed_attention, segment_count
 from ..model.small import build_small_backbone
 from ..recipe import WINNER_QUARTERS, make_run
@@ -763,16 +764,9 @@ def _same_curve(bench: Bench, steps: int = 150) -> None:
                     note=f"{steps} steps; last fifth: {ends}; first loss {padded[0]:.3f}")
 
 # %% ../../nbs/835_measure.bench_gpu.ipynb #cac2a5f0
-@contextlib.contextmanager
 def _batches(kind: str, compiled: bool = False):
     "Inside, engines that are made pack their batches, or pad them, and compile their layers or do not."
-    former = dict(os.environ)
-    os.environ.update(ESCI_NB_PACKED=str(int(kind == "packed")), ESCI_NB_COMPILE=str(int(compiled)))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(former)
+    return mock.patch.dict(os.environ, ESCI_NB_PACKED=str(int(kind == "packed")), ESCI_NB_COMPILE=str(int(compiled)))
 
 
 def _write_backbone(bench: Bench, shape: str, kind: str) -> Path:

@@ -472,7 +472,8 @@ def measure_real(grid: Grid, source: str, to: Path, command: str, minutes: float
                  rates: Sequence[float] = (1e-4, 5e-5), warm: bool = False, outputs: Path = OUTPUTS, encoders: Sequence[str] = ()) -> pd.DataFrame:
     """Work through the parts of a grid on `source`, beginning none after so many minutes, then write the tables (`write_tables`) and return the first.
 
-    `encoders`: only these, by the last part of their names; those of the others that teach a warm-up still do. What is done is not done again: with 0 minutes the tables are made of what there is. For the order see `Ladder.wanted`."""
+    `encoders`: only these, by the last part of their names; the others still teach a warm-up. What is done is not done again: with 0 minutes the tables
+    are made of what there is. For the order see `Ladder.wanted`."""
     until, settings = time.monotonic() + 60 * minutes, {"over": "ranked", "by_cluster": True, **grid.data}
     data = open_data(preprocess(source, outputs=outputs, **settings))
     parts = all_parts(grid, data, losses, rates, warm, outputs)

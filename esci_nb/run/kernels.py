@@ -115,10 +115,10 @@ class WarmProcess:
         if sys.platform != "linux" or self.kernel and self.kernel.poll() is None:
             return None
         began_with = {"process": str(os.getpid())} | {name: value for name, value in os.environ.items() if name not in _OF_A_STAGE}
-        if self.began_with != began_with or self.process.poll() is not None:
+        if self.began_with != began_with or self.process is None or self.process.poll() is not None:
             self.close()
-            self._begin()
             self.began_with = began_with
+            self._begin()
         asked = {"words": list(words), "environment": dict(environment), "folder": os.getcwd(), "log": str(log)}
         try:
             print(json.dumps(asked), file=self._lines, flush=True)

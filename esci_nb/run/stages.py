@@ -22,9 +22,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import esci_nb
 
@@ -82,17 +83,10 @@ def _last_line(log: Path) -> str:
     return next((" ".join(line.split())[:200] for line in reversed(said) if line.strip()), "")
 
 
-@contextlib.contextmanager
-def _runner(work: Path) -> Iterator[None]:
+def _runner(work: Path) -> contextlib.AbstractContextManager:
     "Kernels that are started inside know that a runner writes DONE, find this library, and keep their own files in `work`."
-    before = dict(os.environ)
     paths = [str(work), str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ.update(ESCI_NB_RUNNER="1", PYTHONPATH=os.pathsep.join(paths), JUPYTER_RUNTIME_DIR=str(work), IPYTHONDIR=str(work / "ipython"))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return mock.patch.dict(os.environ, ESCI_NB_RUNNER="1", PYTHONPATH=os.pathsep.join(paths), JUPYTER_RUNTIME_DIR=str(work), IPYTHONDIR=str(work / "ipython"))
 
 # %% ../../nbs/500_run.stages.ipynb #5b86a5c5
 _ADVICE = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "write to a file system without this limit",

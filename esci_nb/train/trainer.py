@@ -233,6 +233,7 @@ class WritingTrainer(CheckedTrainer):
     pending: Future | None = None
 
     def train(self, *args, **kwargs):
+        self.parts = []  # of the next checkpoint, for the thread
         with ThreadPoolExecutor(1) as self.writer:  # whose end waits for what is left to write
             result = super().train(*args, **kwargs)
             self._until_whole()
@@ -255,6 +256,12 @@ class WritingTrainer(CheckedTrainer):
         else:
             how(state)
 
+    def _complete(self, folder: Path) -> None:
+        "Have the parts written that wait for the thread, and the checkpoint sealed."
+        self.pending, self.parts = self.writer.submit(_finish, folder, self.parts), []
+        if not self.behind:
+            self._until_whole()
+
     def _save(self, output_dir=None, state_dict=None) -> None:
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -267,7 +274,6 @@ class CheckpointedTrainer(WritingTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.check_numbers()
         self._until_whole()
-        folder, self.parts = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", []
         if self.args.should_save:
             for old in checkpoints_in(self.args.output_dir):
                 if old != self.newest:
@@ -275,9 +281,7 @@ class CheckpointedTrainer(WritingTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.pending = self.writer.submit(_finish, folder, self.parts)
-        if not self.behind:
-            self._until_whole()
+            self._complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
