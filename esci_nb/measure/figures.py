@@ -131,8 +131,8 @@ def speed_answer(paths: Sequence[Path] = (RESULTS / "bench.csv", RESULTS / "benc
         goals = table["met"].dropna() if "met" in table else pd.Series(dtype=object)
         met = f"; of the {len(goals)} goals that were set for it, {(goals == 'yes').sum()} are met" if len(goals) else ""
         slower = int((rates["low"] < 1).sum())
-        sentences.append(f"On one {machine}: {rates['ratio'].min():.1f} to {rates['ratio'].max():.1f} times as many pairs per second as the others, "
-                         f"{'never' if not slower else f'in {slower} comparisons'} slower{met}.")
+        sentences.append(f"On one {machine}: {rates['ratio'].min():.2f} to {rates['ratio'].max():.2f} times as many pairs per second as the others, "
+                         f"{f'in {slower} of {len(rates)} comparisons' if slower else 'never'} slower{met}.")
     return " ".join(sentences)
 
 
