@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from ..contract import LABELS, PROB_COLUMNS, InputError
 from ..data.context import add_context
 from ..data.merge import join_products
-from ..files import write_table
+from ..files import atomic
 from ..folders import OUTPUTS, DataFolder, open_data, probability_table
 from ..hub import load_tokenizer, pick_device, quiet
 from ..identity import backbone_id, id_of, identify, short_name
@@ -141,7 +141,7 @@ class Part:
     asked: dict
 
     def path(self, folder: Path) -> Path:
-        "Where its table is, or will be."
+        "Where its table is, or will be, in a folder of tables."
         return folder / f"{short_name(self.system)}-{short_name(self.encoder)}-s{self.seed}-{identify('run', self.asked, {})}.parquet"
 
 
@@ -361,14 +361,21 @@ def _score(table: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
 
 @dataclasses.dataclass
 class Ladder:
-    "What is measured on which data: `parts`, the folder `kept` of their tables, `lists` from `read_lists`, the table to write and its command."
+    """What is measured on which data: `parts`, `lists` from `read_lists`, the table to write `to` and its command, the `first` recipe.
+
+    The tables of the parts are `kept` beside the table to write; what a training leaves on the way is in `work`."""
     parts: list[Part]
     data: DataFolder
     lists: pd.DataFrame
-    kept: Path
+    work: Path
     to: Path
     command: str
     first: str
+
+    @property
+    def kept(self) -> Path:
+        "The folder of the tables of the parts."
+        return self.to.with_suffix("")
 
     @functools.cached_property
     def rows(self) -> pd.DataFrame:
@@ -383,10 +390,13 @@ class Ladder:
                 found.setdefault((part.system, part.encoder), {})[part.seed] = pd.read_parquet(part.path(self.kept)).drop(columns="machine")
         return found
 
-    def machines(self) -> str:
-        "Where the parts that are done were made."
-        paths = [part.path(self.kept) for part in self.parts]
-        return ", ".join(sorted({pd.read_parquet(path, columns=["machine"])["machine"].iloc[0] for path in paths if path.is_file()}))
+    def machines(self) -> dict[Key, str]:
+        "Where the parts of each (system, encoder) that are done were made."
+        found = {}
+        for part in self.parts:
+            if part.path(self.kept).is_file():
+                found.setdefault((part.system, part.encoder), set()).update(pd.read_parquet(part.path(self.kept), columns=["machine"])["machine"])
+        return {key: ", ".join(sorted(names)) for key, names in found.items()}
 
     def wanted(self, phase: str, best: int = 2) -> list[Part]:
         """The parts that are left of a phase: `screen`, the first seed; `claim`, other seeds; `rounds`, second rounds of the first seed.
@@ -405,10 +415,21 @@ class Ladder:
         return [part for part in left if part.seed > seeds[0] and (part.system, part.encoder) in claimed]
 
 # %% ../../nbs/815_measure.real.ipynb #b3556861
-def _write(table: pd.DataFrame, ladder: Ladder, to: Path) -> pd.DataFrame:
-    source, n = ladder.data.info["source"].rstrip("/").split("/")[-1], len(ladder.data.rows)
-    table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster", machine=ladder.machines())
-    return write_result(table.rename(columns={"encoder": "backbone"}), to, (), ladder.command)
+def _write(table: pd.DataFrame, ladder: Ladder, to: Path, key: Sequence[str]) -> pd.DataFrame:
+    """Write a table with its origin; rows of before stay where nothing here makes them again.
+
+    Ensembles of before also stay in place of new ones over fewer lists: those lack parts."""
+    source, n, made = ladder.data.info["source"].rstrip("/").split("/")[-1], len(ladder.data.rows), ladder.machines()
+    everywhere = ", ".join(sorted({name for names in made.values() for name in names.split(", ")}))
+    machine = [made.get(of, everywhere) for of in zip(table["system"], table["encoder"])]
+    table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster", machine=machine)
+    if to.is_file():
+        lists = [one.loc[one["system"].str.startswith("ensemble"), "lists"].max() for one in (table, pd.read_csv(to))]
+        table = table[~table["system"].str.startswith("ensemble")] if lists[0] < lists[1] else table
+    return write_result(table.rename(columns={"encoder": "backbone"}), to, (), ladder.command, key)
+
+
+_ALL_MEMBERS = "all members"
 
 
 def write_tables(ladder: Ladder, methods: Sequence[str] = ENSEMBLES) -> pd.DataFrame:
@@ -425,18 +446,33 @@ def write_tables(ladder: Ladder, methods: Sequence[str] = ENSEMBLES) -> pd.DataF
         averaged |= {key: seeds} if 0 in own else {}
     table = pd.concat([real_table(scored, ladder.lists, ladder.first, averaged).assign(task=1),
                        task_rows(done, rows, ladder.lists, averaged, ladder.first)], ignore_index=True)
-    _write(tried, ladder, ladder.to.with_name(f"{ladder.to.stem}_tried.csv"))
-    return _write(table[["task", *_COLUMNS[:6], "f1", *_COLUMNS[6:], "judgements"]], ladder, ladder.to)
+    _write(tried, ladder, ladder.to.with_name(f"{ladder.to.stem}_tried.csv"), ["system", "backbone"])
+    table["members"] = table["encoder"].str.extract(r"^(\d+) members$", expand=False)
+    table.loc[table["members"].notna(), "encoder"] = _ALL_MEMBERS
+    table = table[["task", *_COLUMNS[:2], "members", *_COLUMNS[2:6], "f1", *_COLUMNS[6:], "judgements"]]
+    return _write(table, ladder, ladder.to, ["task", "system", "backbone", "origin", "locale"])
+
+# %% ../../nbs/815_measure.real.ipynb #5d1f7a20
+def _keep(table: pd.DataFrame, path: Path) -> None:
+    "Write the table of a part in few bytes: example_id, what it says as float32 of 16 significant bits, the machine that it was made on."
+    table = table.sort_values("example_id")
+    names = [name for name in (*PROB_COLUMNS, "score") if name in table]
+    said = table[names].to_numpy("float32").copy()
+    said.view("uint32")[:] = (said.view("uint32") + 0x80) & 0xFFFFFF00
+    small = pd.DataFrame({"example_id": table["example_id"].to_numpy(), **dict(zip(names, said.T)), "machine": machine_name()})
+    with atomic(path) as partial:
+        small.to_parquet(partial, index=False, compression="zstd", use_dictionary=["machine"],
+                         column_encoding={"example_id": "DELTA_BINARY_PACKED"} | dict.fromkeys(names, "BYTE_STREAM_SPLIT"))
 
 # %% ../../nbs/815_measure.real.ipynb #76ab740b
 def _make(part: Part, ladder: Ladder) -> bool:
     "Make a part, or say why it failed. Whether there is a table now. What a killed process leaves is gone on with."
-    began, work = time.monotonic(), part.path(ladder.kept).with_suffix(".work")
+    began, work = time.monotonic(), part.path(ladder.work).with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
     what = f"{part.system} on {part.encoder}, seed {part.seed}"
     try:
         with quiet():
-            write_table(part.make(work).assign(machine=machine_name()), part.path(ladder.kept))
+            _keep(part.make(work), part.path(ladder.kept))
     except Exception as error:
         print(f"{what}: failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", file=sys.stderr, flush=True)
         shutil.rmtree(work)
@@ -457,7 +493,8 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
             print(f"time is up; {len(left)} parts are left for the same command", flush=True)
             return False
         for part in left:
-            lock = part.path(ladder.kept).with_suffix(".lock")
+            lock = part.path(ladder.work).with_suffix(".lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
                 if not part.path(ladder.kept).is_file() and not _make(part, ladder):
                     left.remove(part)
@@ -495,8 +532,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("grid", help="grid file: recipes, seeds, encoders")
     parser.add_argument("data", help="folder with ESCI files, and lists.csv (query_id, origin, cluster) where there is one")
     parser.add_argument("--models", default="", help="folder of the encoders, by the last part of their names")
-    parser.add_argument("--to", default=str(RESULTS / "real.csv"), help="table to write (nbs/results/real.csv)")
-    parser.add_argument("--outputs", default=str(OUTPUTS), help="where parts are kept (outputs)")
+    parser.add_argument("--to", default=str(RESULTS / "real.csv"), help="table to write, beside the folder of the parts (nbs/results/real.csv)")
+    parser.add_argument("--outputs", default=str(OUTPUTS), help="where trainings work (outputs)")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no part after so many minutes")
     parser.add_argument("--losses", default=",".join(PEER_LOSSES), help="losses of the peer; none: ''")
     parser.add_argument("--rates", default="1e-4,5e-5", help="learning rates of the peer")

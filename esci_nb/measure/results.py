@@ -27,15 +27,20 @@ def machine_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
-def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], command: str) -> pd.DataFrame:
+def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], command: str, key: Sequence[str] = ()) -> pd.DataFrame:
     """Add the columns of origin to a measured table, write it to the CSV `to` and return it.
 
     `backbones`: names or folders; one is named by the last two parts of its path, several are counted. A table that has a column `backbone` or `machine` keeps it.
-    `command`: what measures it again."""
+    `command`: what measures it again. `key`: columns that tell rows apart; rows that the file has and `table` lacks stay in it."""
     names = {"/".join(Path(backbone).parts[-2:]) for backbone in backbones}
     origin = {"backbone": names.pop() if len(names) == 1 else f"{len(names)} backbones" if names else "", "machine": machine_name()}
     origin = {name: value for name, value in origin.items() if name not in table}
     table = table.assign(**origin, date=str(datetime.date.today()), command=command)
+    if key and Path(to).is_file():
+        earlier = pd.read_csv(to)
+        known = pd.MultiIndex.from_frame(table[list(key)].fillna("").astype(str))
+        stays = ~pd.MultiIndex.from_frame(earlier[list(key)].fillna("").astype(str)).isin(known)
+        table = pd.concat([table, earlier[stays]], ignore_index=True)
     with atomic(Path(to)) as partial:
         table.to_csv(partial, index=False, float_format="%.5g")
     return table
