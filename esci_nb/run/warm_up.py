@@ -79,8 +79,11 @@ def unlabelled_lists(data: DataFolder, n_lists: int, per_list: int = 8, seed: in
 
 # %% ../../nbs/537_run.warm_up.ipynb #9e5352d1
 def mixed_opinion(lists: pd.DataFrame, products: pd.DataFrame, teachers: Sequence[str]) -> np.ndarray:
-    "The mean of the standardised scores of untrained `teachers` (`bm25`, or backbones): float32 (rows,)."
-    opinions = [untrained_scores(lists, products, teacher) for teacher in teachers]
+    "The mean of the standardised scores of untrained `teachers` (`bm25`, or backbones): float32 (rows,). Prints its progress."
+    opinions = []
+    for number, teacher in enumerate(teachers, 1):
+        print(f"warm-up: teacher {number} of {len(teachers)} scores {len(lists):,} pairs: {short_name(str(teacher))}", flush=True)
+        opinions.append(untrained_scores(lists, products, teacher))
     return np.mean([(one - one.mean()) / max(one.std(), 1e-9) for one in opinions], axis=0).astype(np.float32)
 
 # %% ../../nbs/537_run.warm_up.ipynb #28bbf9b7
