@@ -48,6 +48,7 @@ class _Reading(Settings):
     noun = "recipe field"
     text_fields: _TextFields = setting(TEXT_FIELDS, "product columns that are read, in this order", min_length=1)
     locales: Words = setting((), "only rows of these are trained on and predicted (English-only backbones: us); none: all")
+    language: Literal[("", *LOCALES)] = setting("", "texts of other locales are read in the language of this one (data setting languages); none: as they are", "S")
     field_markers: bool = setting(False, "[QUERY] [TITLE] [BRAND] ... before query and fields", "T")
     context_words: int = setting(0, "put to the query: words that its candidates share", "T", ge=0, le=64)
     context_titles: int = setting(0, "put to the query: titles of the nearest other candidates", ge=0, le=16)

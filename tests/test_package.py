@@ -75,6 +75,26 @@ def test_www_plus_is_packed_and_submitted_like_any_ensemble(made, tiny_files, tm
     assert len(ranked) == 2 and np.isfinite(ranked["score"]).all()
 
 
+def test_runs_that_read_in_different_languages_make_one_ensemble_and_one_package(tiny_files, tmp_path, capsys):
+    file, outputs = tmp_path / "grid.toml", tmp_path / "outputs"
+    file.write_text("""recipes = ["baseline", "gains"]
+        data = {n_folds = 2, languages = ["us"]}
+        recipe = {epochs = 1, precision = "fp32", max_length = 32, text_fields = ["title"], gains = {language = "us"}}
+        backbone = [{name = "small"}]
+        ensemble = [{name = "both"}]""")
+    assert main(["grid", str(file), str(tiny_files), "--outputs", str(outputs), "--plan", "--set", "language=jp"]) == 2
+    assert "does not hold its texts in the language of 'jp'; prepare it with the data setting languages=jp." in capsys.readouterr().err
+    assert main(["grid", str(file), str(tiny_files), "--outputs", str(outputs)]) == 0
+    ensemble, = outputs.glob("ensembles/both-*")
+    assert main(["pack", str(ensemble), "--to", str(tmp_path / "package")]) == 0
+    texts = {model.recipe.language: model.texts for model in open_package(tmp_path / "package").models}
+    assert set(texts) == {"", "us"} and texts["us"]["translator"] == "glossary"
+    ranked_again(ensemble, tmp_path / "package", find_attached(tiny_files), tmp_path)
+    test = pd.read_parquet(ensemble / "test.parquet")
+    for run in outputs.glob("runs/gains-*"):
+        assert set(pd.read_parquet(run / "test.parquet")["example_id"]) == set(test["example_id"]), "it ranks the lists of all locales"
+
+
 def test_bm25_among_the_members_is_computed_again(made, tiny_files, tmp_path):
     with_words = combine(made.runs, made.data, scores={"words": "bm25"}, outputs=made.data.parent.parent)
     assert main(["pack", str(with_words), "--to", str(tmp_path / "package")]) == 0

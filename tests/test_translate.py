@@ -327,7 +327,7 @@ def test_settings_of_the_data_are_in_its_name(tmp_path):
     assert plain == data_path("sample", DataSettings(n_folds=3, translate=[], translator="unused", clean=True), tmp_path)
     others = [data_path("sample", DataSettings(**values), tmp_path) for values in (
         {"clean": False}, {"markers": True}, {"translate": "us"}, {"translate": ["us", "es"]}, {"translate": "us", "translator": "a/b"},
-        {"translate": "us", "translated_weight": 0.5}, {"train_on": "us"})]
+        {"translate": "us", "translated_weight": 0.5}, {"train_on": "us"}, {"languages": "us"}, {"languages": "us", "translator": "a/b"})]
     assert len({plain, *others}) == len(others) + 1
 
 

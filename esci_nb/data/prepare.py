@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..contract import LOCALES, InputError
 from .clean import clean_products, clean_queries
 from .translate import TranslationCache
-from .translated_rows import add_translations, mark_originals
+from .translated_rows import Reading, add_translations, make_reading, mark_originals
 from .translators import make_translator
 from ..files import atomic, read_json, size_and_sum, write_json
 from ..processes import end_with_parent
@@ -41,11 +41,12 @@ class DataSettings(Settings):
     clean: bool = setting(True, "without HTML and emoji", "S")
     markers: bool = setting(False, "with entity markers", "S")
     translate: Words = setting((), "languages, by locale, into which train rows are translated (the winners: all)", "S")
+    languages: Words = setting((), "languages, by locale, in which all texts can also be read, for the recipe field language", "S")
     translator: str = setting("glossary", "of the embedded sample; or a sequence-to-sequence model by name; or a program, as \"command: PROGRAM\"")
     translated_weight: float = setting(0.3, "weight of a translated row, as a multiple of its origin's", "T", ge=0, le=10)
     train_on: Words = setting(LOCALES, "train rows of other locales are left out")
 
-    @field_validator("translate", "train_on")
+    @field_validator("translate", "languages", "train_on")
     @classmethod
     def _locales(cls, value: tuple, field) -> tuple:
         unknown = [locale for locale in value if locale not in LOCALES]
@@ -57,10 +58,12 @@ class DataSettings(Settings):
     def _together(self):
         if self.train_on != LOCALES and self.over == "ranked":
             raise ValueError("The data setting train_on leaves lists out and over='ranked' scores every list: use one of them.")
-        if not self.translate:
-            for name in ("translator", "translated_weight"):
-                object.__setattr__(self, name, type(self).model_fields[name].default)
-        for locale in set(self.translate) - set(make_translator(self.translator).locales):
+        if self.languages and self.markers:
+            raise ValueError("The data setting languages has no texts with markers: use one of them.")
+        unused = [] if self.translate else ["translated_weight"] if self.languages else ["translator", "translated_weight"]
+        for name in unused:
+            object.__setattr__(self, name, type(self).model_fields[name].default)
+        for locale in {*self.translate, *self.languages} - set(make_translator(self.translator).locales):
             raise ValueError(f"The translator {self.translator} has no words of {locale}: give a translation model by name.")
         return self
 
@@ -177,12 +180,13 @@ def mark_in_parts(rows: pd.DataFrame, products: pd.DataFrame, folder: Path, pool
 # %% ../../nbs/210_data.prepare.ipynb #e2b95edb
 @dataclass
 class Prepared:
-    "What `prepare_tables` gives: the tables, the cleaned originals before translation and markers, and the special tokens in the texts."
+    "What `prepare_tables` gives: the tables, the cleaned originals before translation and markers, special tokens in the texts, readings by language."
     rows: pd.DataFrame
     products: pd.DataFrame
     clean_rows: pd.DataFrame
     clean_products: pd.DataFrame
     special_tokens: tuple[str, ...]
+    readings: dict[str, Reading]
 
 
 def prepare_tables(rows: pd.DataFrame, products: pd.DataFrame, settings: DataSettings, folder: Path, cache: Path,
@@ -196,12 +200,14 @@ def prepare_tables(rows: pd.DataFrame, products: pd.DataFrame, settings: DataSet
     if settings.clean:
         rows, products = clean_queries(rows), work_in_parts(products, clean_products, folder, "cleaned", pool, part_rows)
     rows, products = mark_originals(rows), products.assign(language=products["product_locale"])
-    before, tokens = (rows, products), ()
-    if settings.translate:
+    before, tokens, readings = (rows, products), (), {}
+    if settings.translate or settings.languages:
+        translator = make_translator(settings.translator)
         with TranslationCache(cache) as opened:
-            rows, products = add_translations(rows, products, settings.translate, make_translator(settings.translator), opened,
-                                              settings.translated_weight)
+            readings = {language: make_reading(rows, products, language, translator, opened) for language in settings.languages}
+            if settings.translate:
+                rows, products = add_translations(rows, products, settings.translate, translator, opened, settings.translated_weight)
     if settings.markers:
         from esci_nb.data.markers import SPECIAL_TOKENS as tokens
         rows, products = mark_in_parts(rows, products, folder, pool, part_rows)
-    return Prepared(rows, products, *before, tokens)
+    return Prepared(rows, products, *before, tokens, readings)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import shlex
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout
 from ..contract import LABELS, PROB_COLUMNS, InputError
 from ..data.context import add_context
 from ..data.merge import join_products
+from ..data.translated_rows import read_in
 from ..files import atomic
 from ..folders import OUTPUTS, DataFolder, open_data, probability_table
 from ..hub import load_tokenizer, pick_device, quiet
@@ -53,7 +55,7 @@ from ..train.soup import fit_soup
 # %% ../../nbs/815_measure.real.ipynb #c1ab53ab
 def train_ours(data: DataFolder, run: Run, work: Path) -> pd.DataFrame:
     "Out-of-fold probabilities of all ranked lists by a first-round run (its fold is ignored); `work`: a folder for what training keeps."
-    recipe, own = run.recipe, data.only(run.recipe.locales)
+    recipe, own = run.recipe, read_in(data.only(run.recipe.locales), run.recipe.language)
     markers = own.info.get("special_tokens", [])
     tokenizer = add_markers(load_tokenizer(run.backbone), marker_tokens(recipe.field_markers, markers))
     seen = add_context(own.rows, own.products, recipe.context_words, recipe.context_titles)
@@ -144,10 +146,16 @@ class Part:
         "Where its table is, or will be, in a folder of tables."
         return folder / f"{short_name(self.system)}-{short_name(self.encoder)}-s{self.seed}-{identify('run', self.asked, {})}.parquet"
 
+# %% ../../nbs/815_measure.real.ipynb #7e22ab90
+def _untrained(data: DataFolder, scorer: str, locales: tuple, language: str = "") -> pd.DataFrame:
+    read = read_in(data.only(locales), language)
+    rows = ranked_rows(read)
+    return rows[["example_id"]].assign(score=untrained_scores(rows, read.products, scorer))
 
-def _untrained(data: DataFolder, scorer: str, locales: tuple) -> pd.DataFrame:
-    rows = ranked_rows(data.only(locales))
-    return rows[["example_id"]].assign(score=untrained_scores(rows, data.products, scorer))
+
+def _one_locale(recipe: Recipe) -> str:
+    "The locale of a recipe of one, '' for others: the language of its encoder."
+    return recipe.locales[0] if len(recipe.locales) == 1 else ""
 
 
 def _by_turns(parts: Sequence[Part], at_a_time: int) -> list[Part]:
@@ -156,11 +164,13 @@ def _by_turns(parts: Sequence[Part], at_a_time: int) -> list[Part]:
     turns = [[one[start:start + at_a_time] for start in range(0, len(one), at_a_time)] for one in kinds]
     return [part for turn in itertools.zip_longest(*turns, fillvalue=[]) for some in turn for part in some]
 
-
-def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequence[float], warm: bool, outputs: Path) -> list[Part]:
+# %% ../../nbs/815_measure.real.ipynb #0b9a4c13
+def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequence[float], warm: bool, outputs: Path,
+              read: DataFolder | None = None) -> list[Part]:
     """The parts of a grid, seed by seed: untrained encoders, then our recipes and the peer's losses by turns; second rounds last of ours.
 
-    Beside the multilingual encoders the first English one is also trained on all locales, to compare them in Spanish and Japanese."""
+    Beside the multilingual encoders the first English one is also trained on all locales, to compare them in Spanish and Japanese. `read`: the data with
+    readings; then encoders of one language also take part in all lists, which they read in their language."""
     parts, teachers = [], ["bm25", *(table["name"] for table in grid.backbones)]
     first, tables = grid.recipes[0], [(table["name"], grid.named(grid.recipes[0], table).recipe) for table in grid.backbones]
     one_round = lambda system: not grid.named(system, grid.backbones[0]).rounds
@@ -170,6 +180,10 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
 
     for name, recipe in tables:
         add("untrained", name, 0, lambda work, n=name, r=recipe: _untrained(data, n, r.locales), kind="untrained", scorer=scorer_id(name), locales=recipe.locales)
+    readers = [(name, recipe.replace(locales=(), language=_one_locale(recipe))) for name, recipe in tables if read and _one_locale(recipe)]
+    for name, recipe in readers:
+        add(f"untrained, read in {recipe.language}", name, 0, lambda work, n=name, r=recipe: _untrained(read, n, (), r.language),
+            kind="untrained", scorer=scorer_id(name), language=recipe.language, read=id_of(read.path))
     for seed in grid.seeds:
         def ours(system: str, name: str, recipe: Recipe, seed=seed) -> None:
             run = Run(name="part", recipe=recipe, backbone=name, seed=seed)
@@ -177,6 +191,9 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
 
         for name, recipe in tables:
             ours(first, name, recipe)
+        for name, recipe in readers:
+            run = Run(name="part", recipe=recipe, backbone=name, seed=seed)
+            add(f"{first}, read in {recipe.language}", name, seed, lambda work, r=run: train_ours(read, r, work), kind="ours", recipe=recipe.changes(), read=id_of(read.path))
         if {bool(recipe.locales) for _, recipe in tables} == {True, False}:
             name, recipe = next((name, recipe) for name, recipe in tables if recipe.locales)
             ours(f"{first}, all locales", name, recipe.replace(locales=()))
@@ -358,7 +375,7 @@ def _score(table: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
     score = table["score"] if "score" in table else ranking_score(table)
     return ndcg(rows["query_id"], gains_of(rows["esci_label"]), np.asarray(score))
 
-
+# %% ../../nbs/815_measure.real.ipynb #9d51e7c8
 @dataclasses.dataclass
 class Ladder:
     """What is measured on which data: `parts`, `lists` from `read_lists`, the table to write `to` and its command, the `first` recipe.
@@ -504,16 +521,20 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
             time.sleep(1)  # others are at work on all that is left
     return True
 
-
+# %% ../../nbs/815_measure.real.ipynb #c4e1907d
 def measure_real(grid: Grid, source: str, to: Path, command: str, minutes: float = 1e9, losses: Sequence[str] = PEER_LOSSES,
-                 rates: Sequence[float] = (1e-4, 5e-5), warm: bool = False, outputs: Path = OUTPUTS, encoders: Sequence[str] = ()) -> pd.DataFrame:
+                 rates: Sequence[float] = (1e-4, 5e-5), warm: bool = False, outputs: Path = OUTPUTS, encoders: Sequence[str] = (),
+             translator: str = "") -> pd.DataFrame:
     """Work through the parts of a grid on `source`, beginning none after so many minutes, then write the tables (`write_tables`) and return the first.
 
-    `encoders`: only these, by the last part of their names; the others still teach a warm-up. What is done is not done again: with 0 minutes the tables
+    `encoders`: only these, by the last part of their names; the others still teach a warm-up. `translator`: encoders of one language also read all lists
+    through it. What is done is not done again: with 0 minutes the tables
     are made of what there is. For the order see `Ladder.wanted`."""
     until, settings = time.monotonic() + 60 * minutes, {"over": "ranked", "by_cluster": True, **grid.data}
     data = open_data(preprocess(source, outputs=outputs, **settings))
-    parts = all_parts(grid, data, losses, rates, warm, outputs)
+    languages = {_one_locale(grid.named(grid.recipes[0], table).recipe) for table in grid.backbones if translator} - {""}
+    read = open_data(preprocess(source, outputs=outputs, **settings, languages=sorted(languages), translator=translator)) if languages else None
+    parts = all_parts(grid, data, losses, rates, warm, outputs, read)
     if unknown := sorted(set(encoders) - {part.encoder for part in parts}):
         raise InputError(f"The grid has no encoder {quote(unknown[0])}; it has {', '.join(sorted({part.encoder for part in parts}))}.")
     parts = [part for part in parts if not encoders or part.encoder in encoders]
@@ -540,6 +561,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoders", default="", help="only these, by the last part of their names")
     parser.add_argument("--recipes", default="", help="only these")
     parser.add_argument("--seeds", default="", help="only these")
+    parser.add_argument("--translator", default="", help="through which encoders of one language read all lists: a model or a program")
     parser.add_argument("--warm", action="store_true", help="also each encoder after a warm-up without labels")
     given = parser.parse_args(words)
     try:
@@ -548,8 +570,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if given.losses and not find_spec("sentence_transformers"):
             raise InputError('The peers need sentence-transformers; install it by pip install "esci_nb[peers]", or give --losses "".')
         command = f"python -m esci_nb.measure.real {given.grid} DATA --models MODELS" + " --warm" * given.warm
+        command += f" --translator {shlex.quote(given.translator)}" if given.translator else ""
         measure_real(grid, given.data, Path(given.to), command, given.minutes, [loss for loss in given.losses.split(",") if loss], rates, given.warm,
-                     Path(given.outputs), [one for one in given.encoders.split(",") if one])
+                     Path(given.outputs), [one for one in given.encoders.split(",") if one], given.translator)
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

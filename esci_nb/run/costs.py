@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from ..contract import InputError
+from ..data.translated_rows import read_in
 from ..files import is_done, read_json
 from ..folders import DataFolder, open_data, read_run
 from ..identity import backbone_id
@@ -151,7 +152,7 @@ def _some_pairs(run: Run, data: Path, folder: Path):
     from esci_nb.model.encode import EncodedPairs, add_markers, marker_tokens
     from esci_nb.model.losses import one_hot_targets
     from esci_nb.strategy.base import TrainingRows
-    whole, recipe = open_data(data, run.recipe.locales), run.recipe
+    whole, recipe = read_in(open_data(data, run.recipe.locales), run.recipe.language), run.recipe
     train = whole.train(run.fold)
     rows = whole.rows.iloc[np.sort(np.random.default_rng(0).permutation(train)[:_ROWS])].reset_index(drop=True)
     products = whole.products[whole.products["product_id"].isin(rows["product_id"])].reset_index(drop=True)
@@ -240,11 +241,12 @@ def plan_costs(plan: Plan, rates: Mapping[str, float] = {}, costs: Costs | None 
         if job.folder not in plan.training:
             continue
         run = plan.training[job.folder]
-        locales = run.recipe.locales
-        view = views.setdefault(locales, plan.data.only(locales))
-        if run.teacher >= 0 and locales not in parts:
-            parts[locales] = teacher_folds(view.rows)
-        rows, predicted = _count_rows(run, view, parts[locales] if run.teacher >= 0 else None)
+        locales, read = run.recipe.locales, (run.recipe.locales, run.recipe.language)
+        if read not in views:
+            views[read] = read_in(plan.data.only(locales), run.recipe.language)
+        if run.teacher >= 0 and read not in parts:
+            parts[read] = teacher_folds(views[read].rows)
+        rows, predicted = _count_rows(run, views[read], parts[read] if run.teacher >= 0 else None)
         speed = speed_of(run, costs, rates, known)
         passes = run.recipe.epochs * rows * run.recipe.soup
         plain = passes * _step_cost(run, costs) + predicted * costs.predict

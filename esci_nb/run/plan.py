@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 import esci_nb.rank.more_methods  # noqa: F401 (methods)
 from ..contract import InputError
 from ..data.prepare import DataSettings
+from ..data.translated_rows import find_reading
 from ..files import is_done
 from ..folders import OUTPUTS, DataFolder, open_data
 from ..rank.methods import find_method
@@ -207,7 +208,7 @@ def _longest_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def plan_runs(grid: Grid, data: Path, outputs: Path = OUTPUTS) -> Plan:
-    "The jobs of the wanted runs and of all that they learn from; nothing is run. Refuses folds and locales that the data lack."
+    "The jobs of the wanted runs and of all that they learn from; nothing is run. Refuses folds, locales and languages that the data lack."
     dataset = open_data(data)
     folds = tuple(range(dataset.n_folds)) if grid.folds is None else grid.folds
     if missing := [fold for fold in folds if not -1 <= fold < dataset.n_folds]:
@@ -217,6 +218,8 @@ def plan_runs(grid: Grid, data: Path, outputs: Path = OUTPUTS) -> Plan:
         for table in grid.backbones:
             named = grid.named(name, table)
             dataset.only(named.recipe.locales)
+            if named.recipe.language:
+                find_reading(dataset, named.recipe.language)
             for seed in grid.seeds:
                 for fold in folds:
                     run = Run(name=name, recipe=named.recipe, backbone=table["name"], fold=fold, seed=seed, data=dataset.name)

@@ -111,20 +111,24 @@ class PairCache:
 
     def prepare(self, model: PackedModel) -> Prepared:
         "The rows and products as the model reads them."
-        settings = DataSettings(clean=model.texts["clean"], markers=model.texts["markers"])
+        read = {"languages": [model.recipe.language], "translator": model.texts["translator"]} if model.recipe.language else {}
+        settings = DataSettings(clean=model.texts["clean"], markers=model.texts["markers"], **read)
         if settings not in self.prepared:
             self.prepared[settings] = prepare_tables(self.rows, self.products, settings, self.folder / f"parts{len(self.prepared)}",
-                                                     self.folder / "unused", Processes(os.cpu_count() or 1))
+                                                     self.folder / "translations.sqlite", Processes(os.cpu_count() or 1))
         return self.prepared[settings]
 
     def __call__(self, model: PackedModel) -> EncodedPairs:
         recipe, texts = model.recipe, model.texts
         key = json.dumps([texts, model.files["tokenizer.json"], recipe.text_fields, recipe.max_length, recipe.field_markers,
-                          recipe.context_words, recipe.context_titles, str(model.folder) if recipe.context_words else ""])
+                          recipe.context_words, recipe.context_titles, recipe.language, str(model.folder) if recipe.context_words else ""])
         if key not in self.pairs:
             prepared = self.prepare(model)
-            rows = add_context(prepared.rows, prepared.products, recipe.context_words, recipe.context_titles, WordCounts.load(model.folder))
-            self.pairs[key] = EncodedPairs(rows, prepared.products, load_tokenizer(str(model.folder)), recipe.text_fields,
+            rows, products = prepared.rows, prepared.products
+            if recipe.language:
+                rows, products = prepared.readings[recipe.language].of(rows, products)
+            rows = add_context(rows, products, recipe.context_words, recipe.context_titles, WordCounts.load(model.folder))
+            self.pairs[key] = EncodedPairs(rows, products, load_tokenizer(str(model.folder)), recipe.text_fields,
                                            recipe.max_length, self.folder, recipe.field_markers, texts["special_tokens"])
         return self.pairs[key]
 

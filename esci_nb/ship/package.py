@@ -24,6 +24,7 @@ import esci_nb
 
 import esci_nb.rank.more_methods  # noqa: F401 (methods)
 from ..contract import LABELS, LOCALES, InputError, reason_of
+from ..data.prepare import DataSettings
 from ..files import is_done, read_json, write_json
 from ..folders import data_of, find_runs, read_run
 from ..hub import load_tokenizer, save_tokenizer
@@ -44,7 +45,7 @@ class PackedModel:
     cv: float | None              # NDCG; None for a model without out-of-fold rows
     work: int                     # parameters
     recipe: Recipe
-    texts: Mapping                # what preprocessing did: clean, markers, special_tokens
+    texts: Mapping                # what preprocessing did: clean, markers, translator, special_tokens
 
     @property
     def locales(self) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def _text_settings(run: Path) -> dict:
     path = data_of(run) / "data.json"
     info = read_json(path) if path.is_file() else {}
     settings = info.get("settings", {})
-    return {"clean": settings.get("clean", True), "markers": settings.get("markers", False),
+    return {"clean": settings.get("clean", True), "markers": settings.get("markers", False), "translator": settings.get("translator", DataSettings().translator),
             "special_tokens": list(info.get("special_tokens", ()))}
 
 
@@ -253,7 +254,8 @@ def _read_model(folder: Path, entry: Mapping, verify: bool) -> PackedModel:
         reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ["folder"], "msg": reason_of(error)}
         where = ".".join(map(str, reason["loc"]))
         raise InputError(f"{folder / MANIFEST} has a broken entry of the model {name} ({where}: {reason['msg']}); pack again.") from error
-    lacks = [key for key in ("clean", "markers", "special_tokens") if key not in model.texts] + [key for key in _MODEL_FILES if key not in model.files]
+    wanted = ("clean", "markers", "special_tokens", *["translator"] * bool(model.recipe.language))
+    lacks = [key for key in wanted if key not in model.texts] + [key for key in _MODEL_FILES if key not in model.files]
     numbers = [*model.shares.values(), *([] if model.cv is None else [model.cv])]
     if lacks or not model.locales or model.work < 1 or not all(map(math.isfinite, numbers)) or min(model.shares.values()) <= 0:
         raise InputError(f"{folder / MANIFEST} has a broken entry of the model {name} ({lacks[0] if lacks else 'shares, cv or work'}); pack again.")
