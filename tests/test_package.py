@@ -93,6 +93,9 @@ def test_runs_that_read_in_different_languages_make_one_ensemble_and_one_package
     test = pd.read_parquet(ensemble / "test.parquet")
     for run in outputs.glob("runs/gains-*"):
         assert set(pd.read_parquet(run / "test.parquet")["example_id"]) == set(test["example_id"]), "it ranks the lists of all locales"
+    assert main(["export", str(run), "--to", str(tmp_path / "exported")]) == 0
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert "translate yours into en" in card and "language: [en]" in card
 
 
 def test_bm25_among_the_members_is_computed_again(made, tiny_files, tmp_path):

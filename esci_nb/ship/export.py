@@ -153,13 +153,16 @@ def model_card(folder: Path, is_classifier: bool, single: bool, name: str) -> st
     run, config, metrics = read_run(folder), read_json(folder / "config.json"), read_json(folder / "metrics.json")
     data = data_of(folder) / "data.json"
     info = read_json(data) if data.is_file() else {}
-    languages = [record.iso for record in LOCALE_RECORDS if record.code in config["covers"]]
+    languages = [record.iso for record in LOCALE_RECORDS if record.code in ([run.recipe.language] if run.recipe.language else config["covers"])]
     names = {"folder": name, "classes": len(LABELS), "labels": ", ".join(LABELS), "gains": [GAINS[label] for label in LABELS]}
     usage = _LOAD_CLASSIFIER.format(**names) if is_classifier else ""
     usage += _LOAD_MODULES.format(**names, comment=_ONE if single else _FOUR.format(**names))
     fields = ", ".join(field.removeprefix("product_") for field in run.recipe.text_fields)
     changes = json.dumps(run.recipe.changes())[1:-1] or "none"
     folds = "all labelled rows" if run.fold < 0 else f"all folds but {run.fold} of {config['n_folds']}"
+    limits = [f"- Texts in other languages were translated before it read them; translate yours into {languages[0]}."] * bool(run.recipe.language)
+    limits += ["- The training put to each query what its other candidates say (recipe fields context_words, context_titles); only esci_nb does that."] * bool(
+        run.recipe.context_words or run.recipe.context_titles)
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: text-ranking", f"language: [{', '.join(languages)}]",
              "tags: [cross-encoder, reranker, product-search, esci]", "---", "", f"# {folder.resolve().name}", "",
              f"How well does a product fit a query of a shop? A cross-encoder for the classes {', '.join(LABELS)} of ESCI, trained with esci_nb "
@@ -168,7 +171,7 @@ def model_card(folder: Path, is_classifier: bool, single: bool, name: str) -> st
              f"- data: `{run.data}`, read from `{info.get('source', 'a folder that is gone')}`; trained on {folds}, locales {', '.join(config['covers'])}",
              f"- encoder: `{run.backbone}` (content {config['backbone_id'][:8]})",
              f"- recipe `{run.name}`, seed {run.seed}; fields that differ from the defaults: {changes}", "", "## Limits", "",
-             "- The texts of the training were cleaned (HTML, broken characters, emoji); clean yours alike with `esci_nb.data.clean.clean`.",
+             "- The texts of the training were cleaned (HTML, broken characters, emoji); clean yours alike with `esci_nb.data.clean.clean`.", *limits,
              "- It judges one pair at a time. A special token that somebody typed into a text is taken for one; esci_nb sets such words apart.",
              "- The interval is over queries of one run. Another seed gives another score.",
              "- Queries and products of another shop, language or decade were not measured."]
