@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from esci_nb.cli import main
 from esci_nb.contract import LABELS, LOCALES, PROB_COLUMNS, InputError
+from esci_nb.folders import read_run
 from esci_nb.hub import load_tokenizer
 from esci_nb.rank.submission import check_submission, read_candidates
 from esci_nb.rank.tasks import TASKS
@@ -55,9 +56,11 @@ def test_packed_stacking_ranks_as_the_ensemble_did(made, tiny_files, tmp_path):
 
 
 def test_www_plus_is_packed_and_submitted_like_any_ensemble(made, tiny_files, tmp_path):
-    "As its grid file says, from the demo's runs and BM25: a method that is chosen, the files of three tasks, the same ranking from the package."
+    """As its grid file says, from the demo's runs, BM25 and, in the place of untrained encoders, the small one: a method that is chosen, the files of three
+    tasks, the same ranking from the package."""
     table = EnsembleTable(**read_grid(ROOT / "nbs" / "grids" / "www_plus.toml").ensemble[-1])
-    plus = combine(made.runs, made.data, table.method, table.name, table.scores, outputs=made.data.parent.parent)
+    scores = {name: scorer if scorer == "bm25" else read_run(made.runs[0]).backbone for name, scorer in table.scores.items()}
+    plus = combine(made.runs, made.data, table.method, table.name, scores, outputs=made.data.parent.parent)
     methods = pd.read_csv(plus / "methods.csv").set_index("method")
     assert table.method in methods.index and methods.loc[table.method, "ndcg"] < methods.loc[table.method, "optimised"] + 0.05
     assert main(["pack", str(plus), "--to", str(tmp_path / "package")]) == 0
@@ -102,13 +105,30 @@ def test_bm25_among_the_members_is_computed_again(made, tiny_files, tmp_path):
     with_words = combine(made.runs, made.data, scores={"words": "bm25"}, outputs=made.data.parent.parent)
     assert main(["pack", str(with_words), "--to", str(tmp_path / "package")]) == 0
     files, said, away = find_attached(tiny_files), [], {}
-    for package in (open_package(tmp_path / "package"), dataclasses.replace(open_package(tmp_path / "package"), left_out=("words",))):
+    for package in (open_package(tmp_path / "package"), dataclasses.replace(open_package(tmp_path / "package"), scorers={})):
         ranking = rank_lists(package, read_candidates(files[0]), files[1], tmp_path / "s.csv", 3600, say=said.append)
         trained = pd.read_parquet(with_words / "test.parquet").set_index("example_id")[list(PROB_COLUMNS)]
         fresh = ranking.rows.set_index("example_id").loc[trained.index, list(PROB_COLUMNS)]
-        away[package.left_out] = np.abs(fresh - trained).to_numpy().mean()
+        away[tuple(package.scorers)] = np.abs(fresh - trained).to_numpy().mean()
     assert not any("cannot be used" in line for line in said)
-    assert away[()] < 0.01 < away["words",], "not quite the same: its word counts are those of the lists to rank"
+    assert away["words",] < 0.01 < away[()], "not quite the same: its word counts are those of the lists to rank"
+
+
+def test_an_untrained_encoder_among_the_members_is_packed_as_it_is(made, tiny_files, tmp_path):
+    encoder, files, package, said = read_run(made.runs[0]).backbone, find_attached(tiny_files), tmp_path / "package", []
+    both = combine(made.runs, made.data, scores={"untrained": encoder}, outputs=made.data.parent.parent)
+    assert main(["pack", str(both), "--to", str(package)]) == 0
+    ranking = rank_lists(open_package(package), read_candidates(files[0]), files[1], tmp_path / "s.csv", 3600, say=said.append)
+    trained = pd.read_parquet(both / "test.parquet").set_index("example_id")[list(PROB_COLUMNS)]
+    assert np.allclose(ranking.rows.set_index("example_id").loc[trained.index, list(PROB_COLUMNS)], trained, atol=1e-4)
+    assert not any("cannot be used" in line for line in said)
+    by_folder, by_package = (Ranker.load(folder).rank("red shoe", ["red running shoe", "lamp", "shoe"])["score"] for folder in (both, package))
+    assert np.allclose(by_folder, by_package, atol=1e-4)
+    weights, = package.glob("scorers/untrained/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match="model.safetensors is broken"):
+        open_package(package)
+    assert open_package(package, say=said.append).scorers == {} and "is broken" in said[-1]
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(packed):

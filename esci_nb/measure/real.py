@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PEER_LOSSES', 'Key', 'ENSEMBLES', 'train_ours', 'train_rounds', 'train_peer', 'Part', 'all_parts', 'read_lists',
-           'real_table', 'ensembles_of', 'task_rows', 'tried_table', 'Ladder', 'write_tables', 'measure_real', 'main']
+           'real_table', 'with_untrained', 'ensembles_of', 'task_rows', 'tried_table', 'Ladder', 'write_tables',
+           'measure_real', 'main']
 
 # %% ../../nbs/815_measure.real.ipynb #0c4438e7
 import argparse
@@ -314,6 +315,22 @@ def _mean_over_seeds(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables.values()).groupby("example_id", as_index=False).mean(numeric_only=True)
 
 
+def with_untrained(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.DataFrame, products: pd.DataFrame) -> dict:
+    """(system + untrained, encoder) -> seed -> (NDCG per list, probabilities): ours and their own encoder untrained, in equal parts.
+
+    `done`: as for `ensembles_of`; a system whose lists the untrained encoder did not score is left out."""
+    lexical, made = with_lexical(rows, products).assign(fold=rows["fold"]), {}
+    for (system, encoder), tables in done.items():
+        name, _, how = system.partition(", ")
+        beside = done.get((", ".join(filter(None, ["untrained", how])), encoder), {}).get(0)
+        if beside is None or name.startswith(("peer", "untrained")):
+            continue
+        own = lexical[lexical["example_id"].isin(beside["example_id"])]
+        for seed, table in tables.items():
+            made.setdefault((f"{system} + untrained", encoder), {})[seed] = _nested(own, {"trained": table, "untrained": beside}, "mean")
+    return made
+
+
 def ensembles_of(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.DataFrame, products: pd.DataFrame, methods: Sequence[str]) -> dict:
     """(system, members) -> seed -> (NDCG per list, probabilities) of the ensembles of ours; seed 0 stands for all.
 
@@ -456,11 +473,11 @@ def write_tables(ladder: Ladder, methods: Sequence[str] = ENSEMBLES) -> pd.DataF
     if not scored:
         return pd.DataFrame()
     seeds = sorted({seed for own in scored.values() for seed in own} - {0})
-    tried = tried_table(scored, ladder.lists, ladder.first, seeds[0] if seeds else 0)
-    averaged = {}
-    for key, own in ensembles_of(done, rows, ladder.data.products, methods).items():
+    more, ensembles, averaged = with_untrained(done, rows, ladder.data.products), ensembles_of(done, rows, ladder.data.products, methods), {}
+    for key, own in (more | ensembles).items():
         scored[key], done[key] = ({seed: one[part] for seed, one in own.items()} for part in (0, 1))
         averaged |= {key: seeds} if 0 in own else {}
+    tried = tried_table({key: own for key, own in scored.items() if key not in ensembles}, ladder.lists, ladder.first, seeds[0] if seeds else 0)
     table = pd.concat([real_table(scored, ladder.lists, ladder.first, averaged).assign(task=1),
                        task_rows(done, rows, ladder.lists, averaged, ladder.first)], ignore_index=True)
     _write(tried, ladder, ladder.to.with_name(f"{ladder.to.stem}_tried.csv"), ["system", "backbone"])

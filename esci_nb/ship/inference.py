@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from ..model.engines import Predict, predictor
 from ..rank.members import align, with_lexical
 from ..rank.methods import load_method
 from ..rank.submission import check_submission, order_pairs, read_candidates, write_ranked
-from ..rank.untrained import bm25_scores
+from ..rank.untrained import bm25_scores, untrained_scores
 from .clock import Budget, spell
 from .first import pairs_to_rank, read_text, write_first
 from .package import Package, PackedModel, open_package
@@ -107,16 +107,18 @@ class PairCache:
         asked, listed = (pd.MultiIndex.from_frame(table[list(PRODUCT_KEY)]) for table in (rows, products))
         self.rows, self.products, self.folder = rows, products[listed.isin(asked)].reset_index(drop=True), Path(folder)
         self.prepared: dict[DataSettings, Prepared] = {}
+        self.lock = threading.Lock()  # untrained encoders are asked in a thread
         self.pairs: dict[str, EncodedPairs] = {}
 
     def prepare(self, model: PackedModel) -> Prepared:
         "The rows and products as the model reads them."
         read = {"languages": [model.recipe.language], "translator": model.texts["translator"]} if model.recipe.language else {}
         settings = DataSettings(clean=model.texts["clean"], markers=model.texts["markers"], **read)
-        if settings not in self.prepared:
-            self.prepared[settings] = prepare_tables(self.rows, self.products, settings, self.folder / f"parts{len(self.prepared)}",
-                                                     self.folder / "translations.sqlite", Processes(os.cpu_count() or 1))
-        return self.prepared[settings]
+        with self.lock:
+            if settings not in self.prepared:
+                self.prepared[settings] = prepare_tables(self.rows, self.products, settings, self.folder / f"parts{len(self.prepared)}",
+                                                         self.folder / "translations.sqlite", Processes(os.cpu_count() or 1))
+            return self.prepared[settings]
 
     def __call__(self, model: PackedModel) -> EncodedPairs:
         recipe, texts = model.recipe, model.texts
@@ -137,14 +139,51 @@ def load_predictor(model: PackedModel, precision: str = "") -> Predict:
     "What turns a batch of encoded pairs into probabilities, float32 (rows, classes); `precision`: instead of that of the recipe."
     return predictor(load_model(model.folder), precision or model.recipe.precision)
 
+# %% ../../nbs/630_ship.inference.ipynb #d6b3f09e
+class _Untrained:
+    """What untrained scorers say of the candidates `rows`, and how many words query and title share; asked once, when it is wanted.
+
+    `scorers`: by name, `bm25` or an encoder; `prepare`, `budget`: as for `Combination`."""
+
+    def __init__(self, scorers: Mapping[str, str], rows: pd.DataFrame, prepare: Callable[[], Prepared], budget: Budget | None):
+        self.scorers, self.rows, self.prepare, self.budget = dict(scorers), rows, prepare, budget
+        self.scores: dict[str, np.ndarray] = {}
+        self.asking = threading.Thread(target=self._ask, daemon=True)
+        self.failed: Exception | None = None
+
+    def _ask(self) -> None:
+        try:
+            prepared = self.prepare()
+            self.lexical = with_lexical(self.rows.assign(query=prepared.rows["query"].to_numpy()), prepared.products)
+            self.scores = {name: untrained_scores(prepared.rows, prepared.products, scorer) for name, scorer in self.scorers.items()}
+        except Exception as error:
+            self.failed = error
+
+    def have_answered(self) -> bool:
+        "Whether all have; the first call asks them, and with a budget waits only for BM25. Raises what they raised."
+        if self.asking.ident is None:
+            self.asking.start()
+            self.asking.join(None if self.budget is None or set(self.scorers.values()) <= {"bm25"} else 0)
+        if self.failed:
+            raise self.failed
+        return not self.asking.is_alive()
+
+    def wait(self) -> bool:
+        "Wait for those that have been asked, until the budget is spent; whether none is left that has not answered."
+        if self.asking.ident is not None and self.budget:
+            self.asking.join(max(0.0, self.budget.left))
+        return not self.asking.is_alive()
+
 # %% ../../nbs/630_ship.inference.ipynb #5a9e08ff
 class Combination:
     """The probabilities of the ensemble from the answers of its models.
 
-    `rows`: the candidates; `prepare`: gives rows and products as the models read them, called once at most, if the package has a method."""
+    `rows`: the candidates; `prepare`: gives rows and products as the models read them, called once at most, if the package has a method. With a
+    `budget`, untrained encoders are asked beside the models: until they have answered, and if they do not in time, the plain mean is taken."""
 
-    def __init__(self, package: Package, rows: pd.DataFrame, prepare: Callable[[], Prepared], say: Callable[[str], None] = print):
-        self.rows, self.prepare, self.say = rows, prepare, say
+    def __init__(self, package: Package, rows: pd.DataFrame, prepare: Callable[[], Prepared], say: Callable[[str], None] = print,
+                 budget: Budget | None = None):
+        self.rows, self.say, scorers = rows, say, {}
         try:
             self.method = load_method(package.folder) if package.has_method else None
             strange = {model.member for model in package.models} - set(self.method.names if self.method else ())
@@ -155,12 +194,20 @@ class Combination:
         except Exception as error:
             self.method = None
             say(f"the method of the ensemble cannot be read ({reason_of(error)}); the plain mean is taken")
-        self.scorers = [name for name in self.method.scorers if name not in package.left_out] if self.method else []
-        self.lexical: pd.DataFrame | None = None
+        if self.method:
+            scorers = {name: package.scorers[name] for name in self.method.scorers if name in package.scorers}
+            if not self.method.weights and (lost := sorted({*self.method.scorers} - {*scorers})):
+                self._give_up(f"it needs the scores of {', '.join(lost)}")
+        self.untrained = _Untrained(scorers, rows, prepare, budget)
 
     def _give_up(self, reason: str) -> None:
         self.say(f"the method {self.method.name} cannot be used ({reason}); the plain mean is taken")
         self.method = None
+
+    def wait(self) -> None:
+        "Wait for untrained encoders that have been asked, until the budget is spent."
+        if self.method and not self.untrained.wait():
+            self._give_up(f"{', '.join(self.untrained.scorers)} did not answer in time")
 
     def __call__(self, answers: Answers) -> np.ndarray:
         "Probabilities (rows, classes), NaN where no model has answered."
@@ -168,6 +215,8 @@ class Combination:
         if self.method:
             chosen = answers.is_answered if self.method.weights else answers.is_complete
             try:
+                if chosen.any() and not self.untrained.have_answered():
+                    return probs
                 combined = self._predict(answers, chosen) if chosen.any() else probs[chosen]
                 if not np.isfinite(combined).all():
                     raise ValueError("it gives no finite numbers")
@@ -177,17 +226,13 @@ class Combination:
         return probs
 
     def _predict(self, answers: Answers, chosen: np.ndarray) -> np.ndarray:
-        if self.lexical is None:
-            prepared = self.prepare()
-            self.lexical = with_lexical(self.rows.assign(query=prepared.rows["query"].to_numpy()), prepared.products)
-            self.scores = {name: bm25_scores(prepared.rows, prepared.products) for name in self.scorers}
         ids, tables = self.rows["example_id"], {}
         for member in answers.members:
             probs = answers.of(member)
             here = chosen & np.isfinite(probs[:, 0])
             tables[member] = pd.DataFrame(probs[here], columns=list(PROB_COLUMNS)).assign(example_id=ids[here].to_numpy())
-        tables |= {name: pd.DataFrame({"example_id": ids[chosen], "score": score[chosen]}) for name, score in self.scores.items()}
-        members = align(self.lexical[chosen], tables)
+        tables |= {name: pd.DataFrame({"example_id": ids[chosen], "score": score[chosen]}) for name, score in self.untrained.scores.items()}
+        members = align(self.untrained.lexical[chosen], tables)
         return members.table(self.method.predict(members)).set_index("example_id").loc[ids[chosen], list(PROB_COLUMNS)].to_numpy()
 
 # %% ../../nbs/630_ship.inference.ipynb #a5dd22af
@@ -366,7 +411,7 @@ def rank_lists(package: Package, candidates: pd.DataFrame, catalogues: Sequence[
     products = products_of(candidates, catalogues, say)
     with tempfile.TemporaryDirectory(prefix="esci_nb-") as scratch:
         cache, answers = PairCache(candidates, products, Path(scratch) / "tokens"), Answers(candidates, package.models)
-        combine = Combination(package, candidates, lambda: cache.prepare(package.models[0]), say)
+        combine = Combination(package, candidates, lambda: cache.prepare(package.models[0]), say, budget)
         ranking_file = _RankingFile(path, candidates, products, combine)
         ranking_file.write(answers)
         say(f"{len(candidates):,} rows of {candidates['query_id'].nunique():,} lists, {len(package.models)} models, "
@@ -381,6 +426,7 @@ def rank_lists(package: Package, candidates: pd.DataFrame, catalogues: Sequence[
         else:
             race = ModelRace(package.models, candidates, cache, load_predictor, budget, batch_tokens, say=say)
             outcomes, answers = run_models(race, ranking_file.write, progress), race.answers
+        combine.wait()
         ranking_file.write(answers)
     counts = check_submission(path, candidates, ranking_file.score)
     share = answers.is_answered.mean()

@@ -23,7 +23,7 @@ from ..metrics import ranking_score
 from ..model.encode import EncodedPairs
 from ..model.engines import Predict, SafePredictor
 from .inference import Combination, PairCache, load_predictor
-from .package import MANIFEST, Package, PackedModel, models_of, open_package
+from .package import MANIFEST, Package, PackedModel, contents_of, open_package
 from .schedule import Answers
 
 # %% ../../nbs/640_ship.ranker.ipynb #c1f92382
@@ -56,8 +56,8 @@ def open_models(folder: str | Path) -> Package:
         return open_package(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has neither {MANIFEST} nor config.json; give a run, an ensemble, or a folder that `esci-nb pack` wrote.")
-    models, left_out, ensemble = models_of([folder], verify=False)
-    return Package(folder, tuple(models), ensemble is not None, tuple(left_out))
+    contents = contents_of([folder], verify=False)
+    return Package(folder, tuple(contents.models), contents.ensemble is not None, contents.scorers)
 
 # %% ../../nbs/640_ship.ranker.ipynb #cc0a652f
 def _beside(given: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
