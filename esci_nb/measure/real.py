@@ -346,7 +346,8 @@ def ensembles_of(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.DataFr
         return {}
     rows = rows[rows["example_id"].isin(pd.concat([table["example_id"] for tables in chosen.values() for table in tables.values()]))]
     rows = with_lexical(rows, products).assign(fold=rows["fold"])
-    made, label = {}, f"{len(chosen)} members"
+    made, trained = {}, sum(0 not in tables for tables in chosen.values())
+    label = f"{trained} trained, {len(chosen) - trained} untrained"
     for method in (name for name in methods if METHODS[name].is_available()):
         for seed in seeds:
             tables = {name: own.get(seed, own.get(0)) for name, own in chosen.items()}
@@ -452,14 +453,14 @@ class Ladder:
 def _write(table: pd.DataFrame, ladder: Ladder, to: Path, key: Sequence[str]) -> pd.DataFrame:
     """Write a table with its origin; rows of before stay where nothing here makes them again.
 
-    Ensembles of before also stay in place of new ones over fewer lists: those lack parts."""
+    Ensembles of before also stay in place of new ones of fewer trained members: those lack parts."""
     source, n, made = ladder.data.info["source"].rstrip("/").split("/")[-1], len(ladder.data.rows), ladder.machines()
     everywhere = ", ".join(sorted({name for names in made.values() for name in names.split(", ")}))
     machine = [made.get(of, everywhere) for of in zip(table["system"], table["encoder"])]
     table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster", machine=machine)
-    if to.is_file():
-        lists = [one.loc[one["system"].str.startswith("ensemble"), "lists"].max() for one in (table, pd.read_csv(to))]
-        table = table[~table["system"].str.startswith("ensemble")] if lists[0] < lists[1] else table
+    if "members" in table and to.is_file():
+        now, before = (one["members"].dropna().str.extract(r"^(\d+)", expand=False).astype(int).max() for one in (table, pd.read_csv(to)))
+        table = table[table["members"].isna()] if now < before else table
     return write_result(table.rename(columns={"encoder": "backbone"}), to, (), ladder.command, key)
 
 
@@ -481,7 +482,7 @@ def write_tables(ladder: Ladder, methods: Sequence[str] = ENSEMBLES) -> pd.DataF
     table = pd.concat([real_table(scored, ladder.lists, ladder.first, averaged).assign(task=1),
                        task_rows(done, rows, ladder.lists, averaged, ladder.first)], ignore_index=True)
     _write(tried, ladder, ladder.to.with_name(f"{ladder.to.stem}_tried.csv"), ["system", "backbone"])
-    table["members"] = table["encoder"].str.extract(r"^(\d+) members$", expand=False)
+    table["members"] = table["encoder"].where(table["system"].str.startswith("ensemble"))
     table.loc[table["members"].notna(), "encoder"] = _ALL_MEMBERS
     table = table[["task", *_COLUMNS[:2], "members", *_COLUMNS[2:6], "f1", *_COLUMNS[6:], "judgements"]]
     return _write(table, ladder, ladder.to, ["task", "system", "backbone", "origin", "locale"])
