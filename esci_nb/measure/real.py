@@ -247,8 +247,11 @@ def _bases(mean: Mapping[Key, pd.Series], first: str) -> Callable[[Key], Key | N
     english = next((key for key in mean if key[0] == f"{first}, all locales"), None)
 
     def base(key: Key) -> Key | None:
+        plain, _, read = key[0].partition(", read in ")
         if key[0].startswith("ensemble"):
             wanted = ("ensemble single", key[1])
+        elif read:
+            wanted = next((one for one in mean if one[0] == plain and len(mean[one].dropna()) == len(mean[key].dropna())), None)
         elif key[0] == first:
             wanted = english if english and len(mean[key].dropna()) == len(mean[english].dropna()) else None
         else:
