@@ -181,6 +181,10 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
 
     for name, recipe in tables:
         add("untrained", name, 0, lambda work, n=name, r=recipe: _untrained(data, n, r.locales), kind="untrained", scorer=scorer_id(name), locales=recipe.locales)
+    taught, warmed = [Path(one).name for one in teachers], lambda name, recipe: str(warm_up(data.only(recipe.locales), name, teachers, outputs=outputs))
+    for name, recipe in tables if warm else ():
+        add("untrained, warmed up", name, 0, lambda work, n=name, r=recipe: _untrained(data, warmed(n, r), r.locales), kind="warm-up", locales=recipe.locales,
+            teachers=taught)
     readers = [(name, recipe.replace(locales=(), language=_one_locale(recipe))) for name, recipe in tables if read and _one_locale(recipe)]
     for name, recipe in readers:
         add(f"untrained, read in {recipe.language}", name, 0, lambda work, n=name, r=recipe: _untrained(read, n, (), r.language),
@@ -212,10 +216,9 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
                     make = lambda work, a=(system, table, seed): train_rounds(data, grid, *a, outputs)
                     add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.changes(), rounds=named.rounds.changes())
         for name, recipe in tables if warm else ():
-            own = recipe.replace(pooling=OWN)
-            make = lambda work, n=name, r=own, s=seed: train_ours(
-                data, Run(name="part", recipe=r, backbone=str(warm_up(data.only(r.locales), n, teachers, outputs=outputs)), seed=s), work)
-            add("warm-up", name, seed, make, kind="warm-up", recipe=own.changes(), teachers=[one and Path(one).name for one in teachers])
+            for system, own in (("warm-up", recipe.replace(pooling=OWN)), ("warm-up, half back", recipe.replace(pooling=OWN, pretrained_share=0.5))):
+                make = lambda work, n=name, r=own, s=seed: train_ours(data, Run(name="part", recipe=r, backbone=warmed(n, r), seed=s), work)
+                add(system, name, seed, make, kind="warm-up", recipe=own.changes(), teachers=taught)
     return [part for seed in (0, *grid.seeds) for part in _by_turns([one for one in parts if one.seed == seed], len(tables))]
 
 # %% ../../nbs/815_measure.real.ipynb #57371c8a
@@ -324,12 +327,12 @@ def with_untrained(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.Data
     `done`: as for `ensembles_of`; a system whose lists the untrained encoder did not score is left out."""
     lexical, made = with_lexical(rows, products).assign(fold=rows["fold"]), {}
     for (system, encoder), tables in done.items():
-        name, _, how = system.partition(", ")
-        beside = done.get((", ".join(filter(None, ["untrained", how])), encoder), {}).get(0)
-        if beside is None or name.startswith(("peer", "untrained")):
+        _, by, language = system.partition(", read in ")
+        beside = done.get((f"untrained{by}{language}", encoder), {}).get(0)
+        if beside is None or system.startswith(("peer", "untrained")):
             continue
         own = lexical[lexical["example_id"].isin(beside["example_id"])]
-        for seed, table in tables.items():
+        for seed, table in tables.items() if {*next(iter(tables.values()))["example_id"]} == {*beside["example_id"]} else ():
             made.setdefault((f"{system} + untrained", encoder), {})[seed] = _nested(own, {"trained": table, "untrained": beside}, "mean")
     return made
 
