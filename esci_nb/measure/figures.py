@@ -87,8 +87,9 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def real_answer(path: Path = RESULTS / "real.csv") -> str:
-    "The best system of ours and the best ensemble, and how far each is ahead of the peer's best, in a sentence each."
-    table = _whole(pd.read_csv(path)).dropna(subset=["delta_peer"])
+    "The best system of ours and the best ensemble, and how far each is ahead of the peer's best; what is most above the first recipe on its encoder."
+    whole = _whole(pd.read_csv(path))
+    table = whole.dropna(subset=["delta_peer"])
     table = table[~table["system"].str.startswith(("peer", "untrained"))]
     said, together = [], table["system"].str.startswith("ensemble")
     for words, some in (("The best system", table[~together]), ("The best ensemble", table[together])):
@@ -96,6 +97,11 @@ def real_answer(path: Path = RESULTS / "real.csv") -> str:
             row = some.loc[some["ndcg"].idxmax()]
             said.append(f"{words}, `{row['system'].removeprefix('ensemble ')}` on {row['backbone']}, reaches {_interval(row, 'ndcg', 'low', 'high')}; "
                         f"over {row['peer']}: {_interval(row, 'delta_peer', 'delta_low', 'delta_high', '+')}.")
+    ours = whole[~whole["system"].str.startswith(("peer", "ensemble")) & whole["delta_base"].notna()]
+    ours = ours[[base.endswith(f" on {encoder}") for base, encoder in zip(ours["base"], ours["backbone"])]]
+    if len(ours):
+        row = ours.loc[ours["delta_base"].idxmax()]
+        said.append(f"Most above {row['base']}: `{row['system']}`, {_interval(row, 'delta_base', 'base_low', 'base_high', '+')}.")
     return " ".join(said)
 
 
