@@ -122,8 +122,10 @@ def test_an_untrained_encoder_among_the_members_is_packed_as_it_is(made, tiny_fi
     trained = pd.read_parquet(both / "test.parquet").set_index("example_id")[list(PROB_COLUMNS)]
     assert np.allclose(ranking.rows.set_index("example_id").loc[trained.index, list(PROB_COLUMNS)], trained, atol=1e-4)
     assert not any("cannot be used" in line for line in said)
-    by_folder, by_package = (Ranker.load(folder).rank("red shoe", ["red running shoe", "lamp", "shoe"])["score"] for folder in (both, package))
+    rankers = [Ranker.load(folder) for folder in (both, package)]
+    by_folder, by_package = ([ranker.rank(query, ["red running shoe", "lamp", "shoe"])["score"] for query in ("red shoe", "lamp")] for ranker in rankers)
     assert np.allclose(by_folder, by_package, atol=1e-4)
+    assert all(ranker._load_scorer.cache_info().misses == 1 for ranker in rankers), "the encoder is loaded once"
     weights, = package.glob("scorers/untrained/*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(InputError, match="model.safetensors is broken"):

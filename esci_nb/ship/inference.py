@@ -39,7 +39,7 @@ from ..model.engines import Predict, predictor
 from ..rank.members import align, with_lexical
 from ..rank.methods import load_method
 from ..rank.submission import check_submission, order_pairs, read_candidates, write_ranked
-from ..rank.untrained import bm25_scores, untrained_scores
+from ..rank.untrained import Scorer, bm25_scores, load_scorer
 from .clock import Budget, spell
 from .first import pairs_to_rank, read_text, write_first
 from .package import Package, PackedModel, open_package
@@ -143,10 +143,11 @@ def load_predictor(model: PackedModel, precision: str = "") -> Predict:
 class _Untrained:
     """What untrained scorers say of the candidates `rows`, and how many words query and title share; asked once, when it is wanted.
 
-    `scorers`: by name, `bm25` or an encoder; `prepare`, `budget`: as for `Combination`."""
+    `scorers`: by name, `bm25` or an encoder; `prepare`, `budget`, `load`: as for `Combination`."""
 
-    def __init__(self, scorers: Mapping[str, str], rows: pd.DataFrame, prepare: Callable[[], Prepared], budget: Budget | None):
-        self.scorers, self.rows, self.prepare, self.budget = dict(scorers), rows, prepare, budget
+    def __init__(self, scorers: Mapping[str, str], rows: pd.DataFrame, prepare: Callable[[], Prepared], budget: Budget | None,
+                 load: Callable[[str], Scorer] = load_scorer):
+        self.scorers, self.rows, self.prepare, self.budget, self.load = dict(scorers), rows, prepare, budget, load
         self.scores: dict[str, np.ndarray] = {}
         self.asking = threading.Thread(target=self._ask, daemon=True)
         self.failed: Exception | None = None
@@ -155,7 +156,7 @@ class _Untrained:
         try:
             prepared = self.prepare()
             self.lexical = with_lexical(self.rows.assign(query=prepared.rows["query"].to_numpy()), prepared.products)
-            self.scores = {name: untrained_scores(prepared.rows, prepared.products, scorer) for name, scorer in self.scorers.items()}
+            self.scores = {name: self.load(scorer)(prepared.rows, prepared.products) for name, scorer in self.scorers.items()}
         except Exception as error:
             self.failed = error
 
@@ -179,10 +180,10 @@ class Combination:
     """The probabilities of the ensemble from the answers of its models.
 
     `rows`: the candidates; `prepare`: gives rows and products as the models read them, called once at most, if the package has a method. With a
-    `budget`, untrained encoders are asked beside the models: until they have answered, and if they do not in time, the plain mean is taken."""
+    `budget`, untrained encoders are asked beside the models: until they have answered, and if they do not in time, the plain mean is taken. `load`: what loads them."""
 
     def __init__(self, package: Package, rows: pd.DataFrame, prepare: Callable[[], Prepared], say: Callable[[str], None] = print,
-                 budget: Budget | None = None):
+                 budget: Budget | None = None, load: Callable[[str], Scorer] = load_scorer):
         self.rows, self.say, scorers = rows, say, {}
         try:
             self.method = load_method(package.folder) if package.has_method else None
@@ -198,7 +199,7 @@ class Combination:
             scorers = {name: package.scorers[name] for name in self.method.scorers if name in package.scorers}
             if not self.method.weights and (lost := sorted({*self.method.scorers} - {*scorers})):
                 self._give_up(f"it needs the scores of {', '.join(lost)}")
-        self.untrained = _Untrained(scorers, rows, prepare, budget)
+        self.untrained = _Untrained(scorers, rows, prepare, budget, load)
 
     def _give_up(self, reason: str) -> None:
         self.say(f"the method {self.method.name} cannot be used ({reason}); the plain mean is taken")

@@ -22,6 +22,7 @@ from ..files import atomic
 from ..metrics import ranking_score
 from ..model.encode import EncodedPairs
 from ..model.engines import Predict, SafePredictor
+from ..rank.untrained import load_scorer
 from .inference import Combination, PairCache, load_predictor
 from .package import MANIFEST, Package, PackedModel, contents_of, open_package
 from .schedule import Answers
@@ -75,6 +76,7 @@ class Ranker:
         self.package, self.precision, self.batch_tokens = package, precision, batch_tokens
         self._loaded: dict[str, Predict] = {}
         self._say = functools.cache(print)  # each line once
+        self._load_scorer = functools.cache(load_scorer)
 
     @classmethod
     def load(cls, folder: str | Path, precision: str = "", batch_tokens: int = 16384) -> "Ranker":
@@ -117,7 +119,7 @@ class Ranker:
             for model, own in owned:
                 if len(own):
                     answers.add(model, self._probabilities(model, cache(model), own, bar))
-            probs = Combination(self.package, rows, lambda: cache.prepare(self.package.models[0]), self._say)(answers)
+            probs = Combination(self.package, rows, lambda: cache.prepare(self.package.models[0]), self._say, load=self._load_scorer)(answers)
         table = rows.assign(**dict(zip(PROB_COLUMNS, probs.T)))
         return table.assign(score=ranking_score(table))
 
