@@ -50,34 +50,42 @@ from ..run.stages import preprocess
 from ..run.warm_up import warm_up
 from ..settings import quote
 from ..strategy.base import TrainingRows, strategies_of
-from ..train.fit import predict
+from ..strategy.interpolation import go_back
+from ..train.fit import build_model, predict
 from ..train.soup import fit_soup
 
 # %% ../../nbs/815_measure.real.ipynb #c1ab53ab
-def train_ours(data: DataFolder, run: Run, work: Path) -> pd.DataFrame:
-    "Out-of-fold probabilities of all ranked lists by a first-round run (its fold is ignored); `work`: a folder for what training keeps."
+def train_ours(data: DataFolder, run: Run, work: Path, back: Sequence[float] = ()) -> list[pd.DataFrame]:
+    """Out-of-fold probabilities of all ranked lists by a first-round run (its fold is ignored); `work`: a folder for what training keeps.
+
+    A second table, and so on, for each share in `back`: after the weights went so much of the way back to the start (with `pooling="own"`)."""
     recipe, own = run.recipe, read_in(data.only(run.recipe.locales), run.recipe.language)
     markers = own.info.get("special_tokens", [])
     tokenizer = add_markers(load_tokenizer(run.backbone), marker_tokens(recipe.field_markers, markers))
     seen = add_context(own.rows, own.products, recipe.context_words, recipe.context_titles)
     pairs = EncodedPairs(seen, own.products, tokenizer, recipe.text_fields, recipe.max_length, work / "tokens", recipe.field_markers, markers)
     target, weight = one_hot_targets(own.rows["esci_label"], recipe.label_smoothing), own.rows["weight"].to_numpy("float32")
-    tables = []
+    tables = [[] for _ in (0, *back)]
     for fold in range(own.n_folds):
         one, strategies = run.replace(fold=fold), strategies_of(run)
         fitted = fit_soup(one, pairs, TrainingRows(own.train(fold), target, weight), work / f"fold{fold}", strategies)
         held_out = own.held_out(fold)
         held_out = held_out[(own.rows["source"].iloc[held_out] == "task1").to_numpy()]
-        tables.append(probability_table(own.rows, held_out, predict(fitted.model, pairs, held_out, recipe.precision)))
-    return pd.concat(tables, ignore_index=True)
+        before = dict(build_model(one, pairs).named_parameters()) if back else {}
+        gone = 0.0
+        for share, found in zip((0.0, *back), tables):
+            go_back(fitted.model, before, (share - gone) / (1 - gone))
+            found.append(probability_table(own.rows, held_out, predict(fitted.model, pairs, held_out, recipe.precision)))
+            gone = share
+    return [pd.concat(found, ignore_index=True) for found in tables]
 
 # %% ../../nbs/815_measure.real.ipynb #eee0e242
-def train_rounds(data: DataFolder, grid: Grid, system: str, backbone: Mapping, seed: int, outputs: Path) -> pd.DataFrame:
-    "Out-of-fold probabilities of all ranked lists by a second-round recipe of a grid, with all that teaches it."
+def train_rounds(data: DataFolder, grid: Grid, system: str, backbone: Mapping, seed: int, outputs: Path) -> list[pd.DataFrame]:
+    "One table: out-of-fold probabilities of all ranked lists by a second-round recipe of a grid, with all that teaches it."
     plan = plan_runs(grid.replace(recipes=(system,), seeds=(seed,), folds=None, backbone=(dict(backbone),), ensemble=()), data.path, outputs)
     run_plan(plan)
     table, = collect(plan.runs).oof.values()
-    return table[table["example_id"].isin(ranked_rows(data)["example_id"])].reset_index(drop=True)
+    return [table[table["example_id"].isin(ranked_rows(data)["example_id"])].reset_index(drop=True)]
 
 # %% ../../nbs/815_measure.real.ipynb #1894b16a
 PEER_LOSSES = ("ce", "mse", "bce", "ranknet", "lambda")
@@ -114,8 +122,8 @@ def _peer_model(rows: pd.DataFrame, backbone: str, recipe: Recipe, loss: str, lr
     return model
 
 
-def train_peer(data: DataFolder, backbone: str, recipe: Recipe, loss: str, lr: float, seed: int, work: Path) -> pd.DataFrame:
-    """Out-of-fold predictions of all ranked lists by sentence-transformers: probabilities for `ce`, otherwise a score.
+def train_peer(data: DataFolder, backbone: str, recipe: Recipe, loss: str, lr: float, seed: int, work: Path) -> list[pd.DataFrame]:
+    """One table: out-of-fold predictions of all ranked lists by sentence-transformers: probabilities for `ce`, otherwise a score.
 
     Text, length, epochs and batch are those of the recipe."""
     import torch
@@ -131,27 +139,37 @@ def train_peer(data: DataFolder, backbone: str, recipe: Recipe, loss: str, lr: f
         tables.append(held_out[["example_id"]].assign(**dict(zip(PROB_COLUMNS, said.T)) if loss == "ce" else {"score": said.ravel()}))
         del model
         gc.collect()
-    return pd.concat(tables, ignore_index=True)
+    return [pd.concat(tables, ignore_index=True)]
 
 # %% ../../nbs/815_measure.real.ipynb #b61bd1e6
 @dataclasses.dataclass(frozen=True)
 class Part:
-    "One system on one encoder with one seed: `make(work)` gives its table; `asked`: what decides it, as plain values."
+    """One system on one encoder with one seed: `make(work)` gives its table; `asked`: what decides it, as plain values.
+
+    `also`: parts whose tables the same training gives, behind the first; they cannot be made alone."""
     system: str
     encoder: str
     seed: int
-    make: Callable[[Path], pd.DataFrame]
+    make: Callable[[Path], list[pd.DataFrame]] | None
     asked: dict
+    also: tuple["Part", ...] = ()
 
     def path(self, folder: Path) -> Path:
         "Where its table is, or will be, in a folder of tables."
         return folder / f"{short_name(self.system)}-{short_name(self.encoder)}-s{self.seed}-{identify('run', self.asked, {})}.parquet"
 
+    def is_made(self, folder: Path) -> bool:
+        "Whether all its tables are in a folder of tables."
+        return all(one.path(folder).is_file() for one in (self, *self.also))
+
 # %% ../../nbs/815_measure.real.ipynb #7e22ab90
-def _untrained(data: DataFolder, scorer: str, locales: tuple, language: str = "") -> pd.DataFrame:
+def _untrained(data: DataFolder, scorer: str, locales: tuple, language: str = "") -> list[pd.DataFrame]:
     read = read_in(data.only(locales), language)
     rows = ranked_rows(read)
-    return rows[["example_id"]].assign(score=untrained_scores(rows, read.products, scorer))
+    return [rows[["example_id"]].assign(score=untrained_scores(rows, read.products, scorer))]
+
+
+_WARMED, _BACK = ("gains", "soup"), 0.5  # recipes that are also trained after a warm-up; how far back the weights of each go
 
 
 def _one_locale(recipe: Recipe) -> str:
@@ -176,8 +194,9 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
     first, tables = grid.recipes[0], [(table["name"], grid.named(grid.recipes[0], table).recipe) for table in grid.backbones]
     one_round = lambda system: not grid.named(system, grid.backbones[0]).rounds
 
-    def add(system: str, encoder: str, seed: int, make: Callable, **asked) -> None:
-        parts.append(Part(system, Path(encoder).name, seed, make, asked | {"data": id_of(data.path), "encoder": backbone_id(encoder), "seed": seed}))
+    def add(system: str, encoder: str, seed: int, make: Callable | None, also: tuple[Part, ...] = (), **asked) -> Part:
+        parts.append(Part(system, Path(encoder).name, seed, make, asked | {"data": id_of(data.path), "encoder": backbone_id(encoder), "seed": seed}, also))
+        return parts[-1]
 
     for name, recipe in tables:
         add("untrained", name, 0, lambda work, n=name, r=recipe: _untrained(data, n, r.locales), kind="untrained", scorer=scorer_id(name), locales=recipe.locales)
@@ -215,10 +234,13 @@ def all_parts(grid: Grid, data: DataFolder, losses: Sequence[str], rates: Sequen
                 else:
                     make = lambda work, a=(system, table, seed): train_rounds(data, grid, *a, outputs)
                     add(system, table["name"], seed, make, kind="rounds", recipe=named.recipe.changes(), rounds=named.rounds.changes())
-        for name, recipe in tables if warm else ():
-            for system, own in (("warm-up", recipe.replace(pooling=OWN)), ("warm-up, half back", recipe.replace(pooling=OWN, pretrained_share=0.5))):
-                make = lambda work, n=name, r=own, s=seed: train_ours(data, Run(name="part", recipe=r, backbone=warmed(n, r), seed=s), work)
-                add(system, name, seed, make, kind="warm-up", recipe=own.changes(), teachers=taught)
+        for table in grid.backbones if warm else ():
+            for system in (first, *(one for one in _WARMED if one in grid.recipes)):
+                name, own = table["name"], grid.named(system, table).recipe.replace(pooling=OWN)
+                make = lambda work, n=name, r=own, s=seed: train_ours(data, Run(name="part", recipe=r, backbone=warmed(n, r), seed=s), work, (_BACK,))
+                begun = "warm-up" if system == first else f"warm-up, {system}"
+                half = add(f"{begun}, half back", name, seed, None, kind="warm-up", recipe=own.replace(pretrained_share=_BACK).changes(), teachers=taught)
+                add(begun, name, seed, make, (half,), kind="warm-up", recipe=own.changes(), teachers=taught)
     return [part for seed in (0, *grid.seeds) for part in _by_turns([one for one in parts if one.seed == seed], len(tables))]
 
 # %% ../../nbs/815_measure.real.ipynb #57371c8a
@@ -444,7 +466,7 @@ class Ladder:
 
         A claim rests, of each encoder, on the first recipe (also on all locales), the best peer and the `best` best of ours on the first seed."""
         seeds = [part.seed for part in self.parts if part.seed]
-        left = [part for part in self.parts if not part.path(self.kept).is_file()]
+        left = [part for part in self.parts if part.make and not part.is_made(self.kept)]
         if phase != "claim":
             return [part for part in left if part.seed in (0, seeds[0]) and (part.asked["kind"] == "rounds") == (phase == "rounds")]
         reached = {key: _score(tables[seeds[0]], self.rows).mean() for key, tables in self.done().items() if seeds[0] in tables}
@@ -453,7 +475,7 @@ class Ladder:
             for is_peer, n in ((True, 1), (False, best)):
                 alike = [key for key in reached if key[1] == encoder and key[0].startswith("peer") == is_peer]
                 claimed |= set(sorted(alike, key=reached.get, reverse=True)[:n])
-        return [part for part in left if part.seed > seeds[0] and (part.system, part.encoder) in claimed]
+        return [part for part in left if part.seed > seeds[0] and claimed & {(one.system, one.encoder) for one in (part, *part.also)}]
 
 # %% ../../nbs/815_measure.real.ipynb #b3556861
 def _write(table: pd.DataFrame, ladder: Ladder, to: Path, key: Sequence[str]) -> pd.DataFrame:
@@ -513,14 +535,15 @@ def _make(part: Part, ladder: Ladder) -> bool:
     what = f"{part.system} on {part.encoder}, seed {part.seed}"
     try:
         with quiet():
-            _keep(part.make(work), part.path(ladder.kept))
+            for one, table in zip((part, *part.also), part.make(work), strict=True):
+                _keep(table, one.path(ladder.kept))
     except Exception as error:
         print(f"{what}: failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", file=sys.stderr, flush=True)
         shutil.rmtree(work)
         return False
     shutil.rmtree(work)
-    score = _score(pd.read_parquet(part.path(ladder.kept)), ladder.rows).mean()
-    print(f"{what}: {score:.4f} in {time.monotonic() - began:.0f} s", flush=True)
+    scores = ", ".join(f"{_score(pd.read_parquet(one.path(ladder.kept)), ladder.rows).mean():.4f}" for one in (part, *part.also))
+    print(f"{what}: {scores} in {time.monotonic() - began:.0f} s", flush=True)
     return True
 
 
@@ -529,7 +552,7 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
 
     Returns whether time was left."""
     left = list(parts)
-    while left := [part for part in left if not part.path(ladder.kept).is_file()]:
+    while left := [part for part in left if not part.is_made(ladder.kept)]:
         if time.monotonic() > until:
             print(f"time is up; {len(left)} parts are left for the same command", flush=True)
             return False
@@ -537,7 +560,7 @@ def _work(ladder: Ladder, parts: Sequence[Part], until: float) -> bool:
             lock = part.path(ladder.work).with_suffix(".lock")
             lock.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
-                if not part.path(ladder.kept).is_file() and not _make(part, ladder):
+                if not part.is_made(ladder.kept) and not _make(part, ladder):
                     left.remove(part)
                 lock.unlink(missing_ok=True)
                 break

@@ -6,7 +6,6 @@
 __all__ = ['pseudo_query', 'unlabelled_lists', 'mixed_opinion', 'margin_mse', 'fit_margins', 'warm_up']
 
 # %% ../../nbs/537_run.warm_up.ipynb #6d882d39
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,6 +133,19 @@ def fit_margins(backbone: str, lists: pd.DataFrame, texts: Sequence[str], opinio
 _FIELDS = ("product_title", "product_brand", "product_color")
 
 
+def _asked(data: DataFolder, teachers: Sequence[str], n_lists: int, seed: int, outputs: Path) -> pd.DataFrame:
+    "The unlabelled lists with the `opinion` of the teachers, asked once for all students."
+    asked = {"lists": n_lists, "seed": seed, "locales": data.locales}
+    number = identify("backbone", asked, {"data": id_of(data.path), "teachers": [scorer_id(one) for one in teachers]})
+    folder = place(Path(outputs) / "backbones", "opinion", number)
+    with folder_lock(folder):
+        if not is_done(folder):
+            lists = unlabelled_lists(data, n_lists, seed=seed)
+            write_table(lists.assign(opinion=mixed_opinion(lists, strip_table(data.products), teachers)), folder / "lists.parquet")
+            seal(folder)
+    return pd.read_parquet(folder / "lists.parquet")
+
+
 def warm_up(data: DataFolder, backbone: str, teachers: Sequence[str], n_lists: int = 3000, lr: float | None = None, seed: int = 0,
             outputs: Path = OUTPUTS) -> Path:
     """The folder of a backbone that learned the margins of untrained `teachers` on lists without labels; made unless it is there.
@@ -147,13 +159,9 @@ def warm_up(data: DataFolder, backbone: str, teachers: Sequence[str], n_lists: i
         return folder
     with folder_lock(folder):
         if not is_done(folder):
-            lists, kept = unlabelled_lists(data, n_lists, seed=seed), folder / "opinion" / "lists.parquet"
-            products = strip_table(data.products)
-            if not kept.is_file():
-                write_table(lists.assign(opinion=mixed_opinion(lists, products, teachers)), kept)
-            lists = pd.read_parquet(kept)
-            texts, student = product_text(join_products(lists, products), _FIELDS), functools.partial(fit_margins, backbone, lists)
-            model = student(texts, lists["opinion"].to_numpy("float32"), lr or default_lr(_width(backbone)), seed=seed)
+            lists = _asked(data, teachers, n_lists, seed, outputs)
+            texts = product_text(join_products(lists, strip_table(data.products)), _FIELDS)
+            model = fit_margins(backbone, lists, texts, lists["opinion"].to_numpy("float32"), lr or default_lr(_width(backbone)), seed=seed)
             with quiet():
                 model.save_pretrained(folder)
             load_tokenizer(backbone).save_pretrained(folder)
