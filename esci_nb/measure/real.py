@@ -32,7 +32,7 @@ from ..data.merge import join_products
 from ..data.translated_rows import read_in
 from ..files import atomic
 from ..folders import OUTPUTS, DataFolder, open_data, probability_table
-from ..hub import load_tokenizer, pick_device, quiet
+from ..hub import load_tokenizer, pick_device, pick_precision, quiet
 from ..identity import backbone_id, id_of, identify, short_name
 from .ladder import ranked_rows, seed_shift
 from .results import RESULTS, machine_name, write_result
@@ -108,14 +108,15 @@ def _peer_model(rows: pd.DataFrame, backbone: str, recipe: Recipe, loss: str, lr
     import torch
     from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
     torch.manual_seed(seed)
-    model = CrossEncoder(backbone, num_labels=len(LABELS) if loss == "ce" else 1, max_length=recipe.max_length, device=str(pick_device()),
+    of_lists, device = loss in ("ranknet", "lambda"), pick_device()
+    model = CrossEncoder(backbone, num_labels=len(LABELS) if loss == "ce" else 1, max_length=recipe.max_length, device=str(device),
                          model_kwargs={"ignore_mismatched_sizes": True})
     kind = {"ce": losses.CrossEntropyLoss, "mse": losses.MSELoss, "bce": losses.BinaryCrossEntropyLoss, "ranknet": losses.RankNetLoss,
             "lambda": losses.LambdaLoss}[loss]
-    of_lists, on_gpu = loss in ("ranknet", "lambda"), pick_device().type == "cuda"
     settings = CrossEncoderTrainingArguments(
         output_dir=str(work), num_train_epochs=recipe.epochs, per_device_train_batch_size=2 if of_lists else recipe.batch_rows, learning_rate=lr,
-        warmup_steps=recipe.warmup, seed=seed, bf16=on_gpu, use_cpu=not on_gpu, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6)
+        warmup_steps=recipe.warmup, seed=seed, bf16=pick_precision("auto", device) == "bf16", use_cpu=device.type == "cpu", save_strategy="no",
+        report_to="none", disable_tqdm=True, logging_steps=10**6)
     shuffled = rows.sample(frac=1, random_state=seed)
     chosen = kind(model, mini_batch_size=recipe.batch_rows) if of_lists else kind(model)
     CrossEncoderTrainer(model=model, args=settings, train_dataset=_peer_data(shuffled, loss), loss=chosen).train()

@@ -19,7 +19,7 @@ from ..data.markers import strip_table
 from ..data.merge import join_products
 from ..files import folder_lock, is_done, seal, write_table
 from ..folders import OUTPUTS, DataFolder
-from ..hub import load_tokenizer, loading, pick_device, quiet
+from ..hub import load_tokenizer, loading, pick_device, pick_precision, quiet
 from ..identity import backbone_id, id_of, identify, place, short_name
 from ..model.encode import keep_typed, product_text
 from ..rank.untrained import scorer_id, untrained_scores
@@ -103,7 +103,7 @@ def _student(backbone: str):
 
 def fit_margins(backbone: str, lists: pd.DataFrame, texts: Sequence[str], opinion: np.ndarray, lr: float, max_length: int = 96,
                 lists_at_once: int = 6, seed: int = 0):
-    "A student of margin-MSE after one pass over `lists`; prints its progress. `texts`: of the products, row by row; bf16 on a GPU."
+    "A student of margin-MSE after one pass over `lists`; prints its progress. `texts`: of the products, row by row; in bf16 where the device computes that fast."
     torch.manual_seed(seed)
     model, tokenizer, device = _student(backbone), load_tokenizer(backbone), pick_device()
     model.to(device).train()
@@ -117,7 +117,7 @@ def fit_margins(backbone: str, lists: pd.DataFrame, texts: Sequence[str], opinio
         rows = np.flatnonzero(np.isin(number, order[start:start + lists_at_once]))
         batch = tokenizer([queries[row] for row in rows], [texts[row] for row in rows], truncation=True, max_length=max_length, padding=True,
                           padding_side="right", return_tensors="pt").to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
             score = model(**batch).logits.squeeze(-1)
         loss = margin_mse(score, teacher[rows].to(device), torch.tensor(number[rows], device=device))
         optimizer.zero_grad()
