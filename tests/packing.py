@@ -44,7 +44,8 @@ def tiny_ensemble(folder: Path, runs: Sequence[Path], method: str = "simplex") -
     from esci_nb.rank.methods import find_method
     rng, n = np.random.default_rng(0), 600
     rows = pd.DataFrame({"example_id": range(n), "query_id": np.repeat(range(n // 10), 10), "product_id": [f"p{i}" for i in range(n)],
-                         "product_locale": np.resize(np.repeat(LOCALES, 10), n), "esci_label": rng.choice(LABELS, n), "lexical": rng.random(n)})
+                         "product_locale": np.resize(np.repeat(LOCALES, 10), n), "esci_label": rng.choice(LABELS, n), "lexical": rng.random(n),
+                         "text": "phone case"})
     tables = {}
     for run in runs:
         own = rows[rows["product_locale"].isin(read_json(run / "config.json")["covers"])]

@@ -27,7 +27,7 @@ def make_members(n_lists=40, n_rows=10, seed=0):
     rows = pd.DataFrame({"example_id": np.arange(n), "query_id": np.repeat(np.arange(n_lists), n_rows), "product_id": [f"p{i:04d}" for i in range(n)],
                          "product_locale": np.repeat(np.where(np.arange(n_lists) % 4 == 0, "es", "us"), n_rows),
                          "esci_label": np.array(list("ICSE"))[np.digitize(relevance, [-1, -0.7, 0.3])],
-                         "lexical": relevance + 2 * rng.normal(size=n)})
+                         "lexical": relevance + 2 * rng.normal(size=n), "text": "phone case"})
     shared = rng.normal(size=n)
 
     def says(noise):

@@ -255,7 +255,7 @@ def labelled(plain) -> pd.DataFrame:
     "The rows of the lists with made-up labels."
     rng = np.random.default_rng(0)
     n = len(plain.rows)
-    return plain.rows.drop(columns=[*PROB_COLUMNS, "score"]).assign(esci_label=rng.choice(LABELS, n), lexical=rng.random(n))
+    return plain.rows.drop(columns=[*PROB_COLUMNS, "score"]).assign(esci_label=rng.choice(LABELS, n), lexical=rng.random(n), text="phone case")
 
 
 def with_method(attached, tmp_path, labelled, method: str):

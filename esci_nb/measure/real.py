@@ -330,7 +330,7 @@ def real_table(scored: Mapping[Key, Mapping[int, pd.Series]], lists: pd.DataFram
     return pd.DataFrame(table).reindex(columns=_COLUMNS)
 
 # %% ../../nbs/815_measure.real.ipynb #1a865106
-ENSEMBLES = ("single", "mean", "nnls", "simplex", "simplex_ranks", "lambdamart", "chosen")
+ENSEMBLES = ("single", "mean", "feedback", "nnls", "simplex", "simplex_ranks", "lambdamart", "chosen")
 
 
 def _nested(rows: pd.DataFrame, tables: Mapping[str, pd.DataFrame], method: str) -> tuple[pd.Series, pd.DataFrame]:
@@ -345,7 +345,8 @@ def _mean_over_seeds(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
 
 
 def with_untrained(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.DataFrame, products: pd.DataFrame) -> dict:
-    """(system + untrained, encoder) -> seed -> (NDCG per list, probabilities): ours and their own encoder untrained, in equal parts.
+    """(system + untrained, encoder) -> seed -> (NDCG per list, probabilities): ours and their own encoder untrained, in equal parts; and that with
+    feedback from the list.
 
     `done`: as for `ensembles_of`; a system whose lists the untrained encoder did not score is left out."""
     lexical, made = with_lexical(rows, products).assign(fold=rows["fold"]), {}
@@ -356,7 +357,9 @@ def with_untrained(done: Mapping[Key, Mapping[int, pd.DataFrame]], rows: pd.Data
             continue
         own = lexical[lexical["example_id"].isin(beside["example_id"])]
         for seed, table in tables.items() if {*next(iter(tables.values()))["example_id"]} == {*beside["example_id"]} else ():
-            made.setdefault((f"{system} + untrained", encoder), {})[seed] = _nested(own, {"trained": table, "untrained": beside}, "mean")
+            both = {"trained": table, "untrained": beside}
+            made.setdefault((f"{system} + untrained", encoder), {})[seed] = _nested(own, both, "mean")
+            made.setdefault((f"{system} + untrained, feedback", encoder), {})[seed] = _nested(own, both, "feedback")
     return made
 
 

@@ -18,14 +18,16 @@ import pandas as pd
 from ..contract import (GAINS, LABELS, LOCALES, PAIR_KEY, PROB_COLUMNS, ROW_KEY, InputError, count_of,
                               is_original, quote_some)
 from ..data.folds import cluster_lists
-from ..data.merge import match_rows
+from ..data.markers import strip_table
+from ..data.merge import join_products, match_rows
 from ..data.read import as_integer, as_number, as_text, read_table
 from ..files import check_unchanged, is_done, read_json
 from ..folders import (DataFolder, join_folds, mean_probabilities, name_rows, probability_table,
                              read_predictions, read_run)
 from ..metrics import gains_of, ndcg
+from ..model.encode import product_text
 from ..recipe import Run
-from .untrained import bm25_scores, score_file, score_table
+from .untrained import SHORT_FIELDS, bm25_scores, score_file, score_table
 
 # %% ../../nbs/410_rank.members.ipynb #e2600045
 def expected_gain(probabilities: np.ndarray) -> np.ndarray:
@@ -105,7 +107,7 @@ def collect(runs: Sequence[Path]) -> Collected:
 class Members:
     """What several members say about the same rows.
 
-    `rows`: `ROW_KEY`, esci_label ('' = unknown) and lexical (BM25 of the title), sorted by query and product; `probabilities`: float64
+    `rows`: `ROW_KEY`, esci_label ('' = unknown), lexical (BM25 of the title) and text (title, brand, colour), sorted by query and product; `probabilities`: float64
     (rows, members, classes) in the order of `LABELS`, NaN where a member covers nothing, and everywhere for a scorer; `scores`: float64
     (rows, members), the ranking score, in each list standardised to mean 0 and deviation 1, NaN where not covered; `is_scorer`: bool
     (members,)."""
@@ -185,6 +187,15 @@ def align(rows: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> Members:
     return Members(list(tables), rows, probabilities, scores, np.array(["score" in table for table in tables.values()]))
 
 # %% ../../nbs/410_rank.members.ipynb #2639fb48
+def _made_up_texts(relevance: np.ndarray, n_rows: int, seed: int) -> list[str]:
+    "Six words for each row: the more relevant it is, the more of them are among the eight words of its list."
+    rng = np.random.default_rng(seed + 1)
+    of_list = rng.random((len(relevance), 6)) < 1 / (1 + np.exp(-1.5 * relevance[:, None]))
+    numbers = np.where(of_list, 1000 + 8 * (np.arange(len(relevance))[:, None] // n_rows) + rng.integers(8, size=of_list.shape),
+                       rng.integers(200, size=of_list.shape))
+    return [" ".join(f"word{number}" for number in row) for row in numbers]
+
+
 def made_up_members(n_lists: int = 120, n_rows: int = 14, seed: int = 0) -> Members:
     """Seven members over made-up labelled lists, for trying out methods: three twins, another, one of the first locale only, a poor one, and
     the scorer `words`. Whatever classes and locales the contract has; no data is read."""
@@ -208,7 +219,7 @@ def made_up_members(n_lists: int = 120, n_rows: int = 14, seed: int = 0) -> Memb
     tables[f"{LOCALES[0]} only"] = seen_through(rng.normal(size=n))[rows["product_locale"] == LOCALES[0]]
     tables["poor"] = seen_through(6.0 * rng.normal(size=n))
     words = 40 + 9 * (relevance + 1.8 * rng.normal(size=n))
-    return align(rows.assign(lexical=words), tables | {"words": rows[["example_id"]].assign(score=words)})
+    return align(rows.assign(lexical=words, text=_made_up_texts(relevance, n_rows, seed)), tables | {"words": rows[["example_id"]].assign(score=words)})
 
 # %% ../../nbs/410_rank.members.ipynb #d2a6475c
 def calibrate(scores: np.ndarray, labels: Sequence[str]) -> np.ndarray:
@@ -275,10 +286,11 @@ def read_scores(scorer: str | Path, rows: pd.DataFrame, data: DataFolder | None 
 
 # %% ../../nbs/410_rank.members.ipynb #c288ff10
 def with_lexical(rows: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
-    "Rows with what `Members` needs of them: key, label ('' where there is none), source and BM25 of the title in `lexical`."
+    "Rows with what `Members` needs of them: key, label ('' where there is none), source, `lexical` (BM25 of the title) and `text` of the product."
     labelled = rows if "esci_label" in rows else rows.assign(esci_label="")
     kept = [name for name in (*ROW_KEY, "esci_label", "source") if name in labelled]
-    return labelled[kept].assign(lexical=bm25_scores(rows, products, ["product_title"]))
+    text = product_text(strip_table(join_products(rows, products)), SHORT_FIELDS)
+    return labelled[kept].assign(lexical=bm25_scores(rows, products, ["product_title"]), text=text.to_numpy())
 
 
 def _gaps(part: str, rows: pd.DataFrame, tables: Mapping[str, pd.DataFrame], collected: Collected) -> list[str]:

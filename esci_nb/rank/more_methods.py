@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-import esci_nb.rank.second_stage  # noqa: F401 (a method)
+import esci_nb.rank.feedback  # noqa: F401 (methods)
+import esci_nb.rank.second_stage  # noqa: F401
 from ..contract import GAINS
 from .members import Members, expected_gain, standardise
 from .methods import METHODS, Blend, Method, Simplex, find_method, fit_method, nested_by_part, split_lists
@@ -94,7 +95,7 @@ class Chosen(Method, name="chosen"):
     """The one of `candidates` that is best in a cross-validation of `parts` parts inside the lists; a simpler one, which stands first, wins a draw.
 
     `reached`: NDCG of each there; `inner`: what was learned by the best, as plain values with its name under `method`."""
-    candidates: list[str] = field(default_factory=lambda: ["mean", "nnls", "simplex", "simplex_ranks", "lambdamart"])
+    candidates: list[str] = field(default_factory=lambda: ["mean", "feedback", "nnls", "simplex", "simplex_ranks", "lambdamart"])
     parts: int = 3
     reached: dict[str, float] = field(default_factory=dict)
     inner: dict = field(default_factory=dict)

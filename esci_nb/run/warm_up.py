@@ -22,7 +22,7 @@ from ..folders import OUTPUTS, DataFolder
 from ..hub import load_tokenizer, loading, pick_device, pick_precision, quiet
 from ..identity import backbone_id, id_of, identify, place, short_name
 from ..model.encode import keep_typed, product_text
-from ..rank.untrained import scorer_id, untrained_scores
+from ..rank.untrained import SHORT_FIELDS, scorer_id, untrained_scores
 
 # %% ../../nbs/537_run.warm_up.ipynb #f29da31a
 def pseudo_query(product: pd.Series, rng: np.random.Generator) -> str:
@@ -130,9 +130,6 @@ def fit_margins(backbone: str, lists: pd.DataFrame, texts: Sequence[str], opinio
     return model.cpu().eval()
 
 # %% ../../nbs/537_run.warm_up.ipynb #3cc533cf
-_FIELDS = ("product_title", "product_brand", "product_color")
-
-
 def _asked(data: DataFolder, teachers: Sequence[str], n_lists: int, seed: int, outputs: Path) -> pd.DataFrame:
     "The unlabelled lists with the `opinion` of the teachers, asked once for all students."
     asked = {"lists": n_lists, "seed": seed, "locales": data.locales}
@@ -160,7 +157,7 @@ def warm_up(data: DataFolder, backbone: str, teachers: Sequence[str], n_lists: i
     with folder_lock(folder):
         if not is_done(folder):
             lists = _asked(data, teachers, n_lists, seed, outputs)
-            texts = product_text(join_products(lists, strip_table(data.products)), _FIELDS)
+            texts = product_text(join_products(lists, strip_table(data.products)), SHORT_FIELDS)
             model = fit_margins(backbone, lists, texts, lists["opinion"].to_numpy("float32"), lr or default_lr(_width(backbone)), seed=seed)
             with quiet():
                 model.save_pretrained(folder)
