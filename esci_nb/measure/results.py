@@ -37,7 +37,7 @@ def write_result(table: pd.DataFrame, to: Path, backbones: Sequence[str], comman
     origin = {name: value for name, value in origin.items() if name not in table}
     table = table.assign(**origin, date=str(datetime.date.today()), command=command)
     if key and Path(to).is_file():
-        earlier = pd.read_csv(to)
+        earlier = pd.read_csv(to, dtype={"seeds": str})  # '1' is no number, '1 2 3' is none either
         known = pd.MultiIndex.from_frame(table[list(key)].fillna("").astype(str))
         stays = ~pd.MultiIndex.from_frame(earlier[list(key)].fillna("").astype(str)).isin(known)
         table = pd.concat([table, earlier[stays]], ignore_index=True)
