@@ -479,22 +479,17 @@ class Ladder:
         return [part for part in left if part.seed > seeds[0] and claimed & {(one.system, one.encoder) for one in (part, *part.also)}]
 
 # %% ../../nbs/815_measure.real.ipynb #b3556861
-def _trainings(table: pd.DataFrame) -> pd.Series:
-    "How many trainings the ensembles of a table stand on: trained members times seeds."
-    return table["members"].str.extract(r"^(\d+)", expand=False).astype(int) * table["seeds"].str.split().str.len()
-
-
 def _write(table: pd.DataFrame, ladder: Ladder, to: Path, key: Sequence[str]) -> pd.DataFrame:
     """Write a table with its origin; rows of before stay where nothing here makes them again.
 
-    Ensembles of before also stay in place of new ones of fewer trainings: those lack parts."""
+    Ensembles of before stay beside new ones of fewer trained members: those lack parts."""
     source, n, made = ladder.data.info["source"].rstrip("/").split("/")[-1], len(ladder.data.rows), ladder.machines()
     everywhere = ", ".join(sorted({name for names in made.values() for name in names.split(", ")}))
     machine = [made.get(of, everywhere) for of in zip(table["system"], table["encoder"])]
     table = table.assign(data=f"{source}, {n:,} judgements", split=f"{ladder.data.n_folds}-fold over all ranked lists, by cluster", machine=machine)
     if "members" in table and to.is_file():
-        now, before = (_trainings(one.dropna(subset="members")).max() for one in (table, pd.read_csv(to, dtype={"seeds": str})))
-        table = table[table["members"].isna()] if now < before else table
+        now, before = (one["members"].dropna().str.extract(r"^(\d+)", expand=False).astype(int).max() for one in (table, pd.read_csv(to)))
+        key = [*key, "members"] if now < before else key
     return write_result(table.rename(columns={"encoder": "backbone"}), to, (), ladder.command, key)
 
 
