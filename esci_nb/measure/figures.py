@@ -89,7 +89,7 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
 def real_answer(path: Path = RESULTS / "real.csv") -> str:
     """The best system of ours and the best ensemble, and how far each is ahead of the peer's best; what is most above the first recipe on its encoder, and
     above the best single member."""
-    whole = _whole(pd.read_csv(path))
+    whole = _whole(pd.read_csv(path, dtype={"seeds": str}))
     table = whole.dropna(subset=["delta_peer"])
     table = table[~table["system"].str.startswith(("peer", "untrained"))]
     said, together = [], table["system"].str.startswith("ensemble")
@@ -102,12 +102,12 @@ def real_answer(path: Path = RESULTS / "real.csv") -> str:
     ours = ours[[base.endswith(f" on {encoder}") for base, encoder in zip(ours["base"], ours["backbone"])]]
     if len(ours):
         row = ours.loc[ours["delta_base"].idxmax()]
-        said.append(f"Most above {row['base']}: `{row['system']}`, {_interval(row, 'delta_base', 'base_low', 'base_high', '+')}.")
+        said.append(f"Most above {row['base']}: `{row['system']}`, {_interval(row, 'delta_base', 'base_low', 'base_high', '+')}, seeds: {row['seeds']}.")
     together = whole[whole["system"].str.startswith("ensemble") & whole["delta_base"].notna()]
     if len(together):
         row = together.loc[together["delta_base"].idxmax()]
         said.append(f"Most above the best single member, chosen on other lists: `{row['system'].removeprefix('ensemble ')}` of {row['members']}, "
-                    f"{_interval(row, 'delta_base', 'base_low', 'base_high', '+')}.")
+                    f"{_interval(row, 'delta_base', 'base_low', 'base_high', '+')}, seeds: {row['seeds']}.")
     return " ".join(said)
 
 
